@@ -1,0 +1,138 @@
+"""create(): the one door to the l_* networks and to torchvision's classification architectures."""
+
+import inspect
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models.imagenet import resnet, resnext
+from models.layers import Conv2d, excite, fold
+
+EXCITED = {
+    name: constructor
+    for module in (resnet, resnext)
+    for name, constructor in inspect.getmembers(module, inspect.isfunction)
+    if name.startswith("l_")
+}
+TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
+ARCHITECTURES = (*EXCITED, *TORCHVISION)
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+def create(
+    arch: str,
+    *,
+    num_classes: int = 1000,
+    pretrained: bool = False,
+    excitation: str | None = None,
+    formulation: str = "channel",
+    standardize: bool = True,
+    cardinality: int = 32,
+    base_width: int = 4,
+    drop: float = 0.0,
+    image_size: int = 224,
+) -> nn.Module:
+    """Build a classifier: images (N, 3, image_size, image_size) to logits (N, num_classes).
+
+    Args:
+        arch: ``l_resnet18/34/50/101/152``, ``l_resnext50/101/152``, or a torchvision classification architecture.
+        num_classes: with ``pretrained`` and other classes than the weights', the classifier is made anew.
+        pretrained: torchvision's default weights; there are none for l_*.
+        excitation: ``we``, ``mwe``, ``lwe`` or ``none``; None is ``we`` for l_* and an untouched network for
+            torchvision's. Where it is given for those, their convolutions are excited and their norm stays.
+        formulation, standardize: as for :class:`models.layers.Conv2d`.
+        cardinality, base_width: of l_resnext*.
+        drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.
+        image_size: for the torchvision architectures that are built for one size.
+
+    Raises:
+        ValueError: an unknown architecture, or options that it can't be built with.
+    """
+    excited = {"excitation": excitation, "formulation": formulation, "standardize": standardize}
+    if arch in EXCITED:
+        if pretrained:
+            raise ValueError(f"there are no pretrained weights for {arch}")
+        width = {"cardinality": cardinality, "base_width": base_width} if arch.startswith("l_resnext") else {}
+        return EXCITED[arch](
+            num_classes=num_classes, drop=drop, **width, **excited | {"excitation": excitation or "we"}
+        )
+    if arch not in TORCHVISION:
+        raise ValueError(f"there is no architecture {arch!r}")
+    model = _torchvision(arch, num_classes, pretrained, drop, image_size)
+    if excitation is not None:
+        if not any(isinstance(module, NORMS) for module in model.modules()):
+            raise ValueError(f"{arch} has no normalization layers: with excited weights its activations would explode")
+        excite(model, **excited)
+        if not any(isinstance(module, Conv2d) for module in model.modules()):
+            raise ValueError(f"{arch} has no convolution that can be excited")
+    return model
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a BatchNorm divides out what a gate on whole output channels multiplies."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _torchvision(arch: str, num_classes: int, pretrained: bool, drop: float, image_size: int) -> nn.Module:
+    """A torchvision classifier without its auxiliary outputs."""
+    options = {}
+    if arch.startswith("vit_"):
+        options["image_size"] = image_size
+    elif arch.startswith("maxvit"):
+        options["input_size"] = (image_size, image_size)
+    elif arch in ("googlenet", "inception_v3") and not pretrained:
+        options["init_weights"] = True  # not naming it warns
+    try:
+        if pretrained:
+            weights = torchvision.models.get_model_weights(arch).DEFAULT
+            model = torchvision.models.get_model(arch, weights=weights, **options)
+        else:
+            model = torchvision.models.get_model(arch, num_classes=num_classes, **options)
+    except AssertionError as error:  # how ViT refuses a size
+        raise ValueError(str(error)) from error
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, name):
+            setattr(model, name, None)
+            model.aux_logits = False
+    name, classifier = next(
+        (name, module)
+        for name, module in reversed(list(model.named_modules()))
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    )
+    if num_classes != (classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels):
+        parent, _, attribute = name.rpartition(".")
+        classifier = _with_classes(classifier, num_classes)
+        setattr(model.get_submodule(parent), attribute, classifier)
+    if drop > 0:
+        # A hook, and not a module before the classifier, so that the names of the parameters stay torchvision's.
+        classifier.register_forward_pre_hook(lambda module, inputs: F.dropout(inputs[0], drop, module.training))
+    return model
+
+
+def _with_classes(classifier: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Linear | nn.Conv2d:
+    """A new classifier of the same kind and input for other classes."""
+    if isinstance(classifier, nn.Conv2d):  # squeezenet's
+        return nn.Conv2d(classifier.in_channels, num_classes, classifier.kernel_size)
+    return nn.Linear(classifier.in_features, num_classes)
+
+
+def pretrained_classes(arch: str) -> int:
+    """How many classes torchvision's default weights of the architecture know."""
+    return len(torchvision.models.get_model_weights(arch).DEFAULT.meta["categories"])
+
+
+def check_input(model: nn.Module, batch: int, image_size: int, training: bool) -> None:
+    """Send the shape of a batch, and no numbers, through the network.
+
+    Raises:
+        ValueError: a layer refuses it: images too small, or one value for each channel under a training BatchNorm.
+    """
+    shapes = fold(model).to("meta").train(training)
+    try:
+        with torch.no_grad():
+            shapes(torch.zeros(batch, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error

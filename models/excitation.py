@@ -1,0 +1,114 @@
+"""The mathematics of weight excitation: standardize a convolution's weight, gate it, map it.
+
+Shapes: a weight W is (O, I, kh, kw), with I = in_channels / groups.
+
+Sources: weight standardization is Qiao et al., arXiv 1903.10520; the location gate and the activation map are Quader,
+Bhuiyan, Lu, Dai and Li, "Weight Excitation", ECCV 2020, doi 10.1007/978-3-030-58577-8_6; both gates are
+squeeze-and-excitation networks (Hu et al., arXiv 1709.01507) whose input is a weight in place of an activation.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STD_EPSILON = 1e-5  # the published checkpoints were trained with this constant, added outside the root
+MAGNITUDE_EPSILON = 1e-12  # keeps a layer of zeros finite
+MAP_MARGIN = 1.1  # the map's pole lies 10 % beyond the layer's largest weight
+GATE_REDUCTION = 16
+
+
+def standardize(weight: Tensor) -> Tensor:
+    """Weight standardization: W' = (W - mean) / (s + 1e-5), for each output filter.
+
+    ``s`` is the unbiased standard deviation over the filter's I * kh * kw elements. The value and the gradient stay
+    finite for a constant filter, whose gain is then 1e5, as published.
+
+    Args:
+        weight: (O, I, kh, kw).
+
+    Returns:
+        A tensor of the same shape.
+
+    Raises:
+        ValueError: a filter has one element, which has no deviation.
+    """
+    fan_in = weight[0].numel()
+    if fan_in == 1:
+        raise ValueError("a filter of one element has no standard deviation: build this layer with standardize=False")
+    centred = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
+    # The norm of the centred filter is its deviation up to a constant. torch.std gives the same and is far slower; its
+    # gradient at zero is zero in both, where that of var().sqrt() would be NaN.
+    std = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / math.sqrt(fan_in - 1)
+    return centred / (std + STD_EPSILON)
+
+
+def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Tensor:
+    """The activation on weights: f(w) = MA * atanh(w / MA), MA = 1.1 M and M = max |w| over the layer.
+
+    The same as the paper's MA / 2 * ln((1 + w / MA) / (1 - w / MA)). MA is a constant to the gradient, so
+    df/dw = MA^2 / (MA^2 - w^2): from 1 at zero to 5.76 at the largest weight.
+
+    Args:
+        weight: a tensor of any shape; zeros map to zeros.
+        maximum: M, where it is known; None takes it from ``weight``.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    if maximum is None:
+        # Half as many passes over memory as abs().amax().
+        low, high = weight.detach().aminmax()
+        maximum = torch.maximum(-low, high)
+    limit = (MAP_MARGIN * torch.as_tensor(maximum, dtype=weight.dtype, device=weight.device)).clamp(
+        min=torch.finfo(weight.dtype).tiny
+    )
+    return limit * torch.atanh(weight / limit)
+
+
+class Gate(nn.Module):
+    """Two fully connected layers on a statistic of the weight: sigmoid(FC2(relu(FC1(x)))), in (0, 1)."""
+
+    def __init__(self, features: int, hidden: int, device=None, dtype=None):
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, features, device=device, dtype=dtype)
+
+    def squeeze_excite(self, statistic: Tensor) -> Tensor:
+        """(..., features) to gates of the same shape, computed in the statistic's type."""
+        for layer, activation in ((self.fc1, F.relu), (self.fc2, torch.sigmoid)):
+            statistic = activation(F.linear(statistic, layer.weight.type_as(statistic), layer.bias.type_as(statistic)))
+        return statistic
+
+
+class ChannelGate(Gate):
+    """One gate for each output channel, driven by how large its filter is among the layer's.
+
+    m_o = mean |W_o| / (mean of that over o + 1e-12), from the raw weight W: after standardization every filter has the
+    same scale, and m would say nothing. FC1: O -> max(O // 16, 1), FC2 back to O. Filters are nearly equal at
+    initialization, so each gate starts close to a constant that its channel has learned nothing about yet.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
+        super().__init__(out_channels, max(out_channels // GATE_REDUCTION, 1), device, dtype)
+
+    def forward(self, raw: Tensor, weight: Tensor) -> Tensor:
+        """Gates (O, 1, 1, 1) for the weight (O, I, kh, kw), from the raw weight of the same shape."""
+        magnitude = raw.abs().mean(dim=(1, 2, 3))
+        return self.squeeze_excite(magnitude / (magnitude.mean() + MAGNITUDE_EPSILON))[:, None, None, None]
+
+
+class LocationGate(Gate):
+    """One gate for each (output, input) channel pair; ECCV 2020, the location-based excitation.
+
+    a_o = sigmoid(FC2(relu(FC1(mean over kh, kw of W'_o)))) for each filter o of the standardized weight W'.
+    FC1: I -> max(in_channels // 16, 1), FC2 back to I; the layer's O filters share them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
+        super().__init__(in_channels // groups, max(in_channels // GATE_REDUCTION, 1), device, dtype)
+
+    def forward(self, raw: Tensor, weight: Tensor) -> Tensor:
+        """Gates (O, I, 1, 1) for the standardized weight (O, I, kh, kw)."""
+        return self.squeeze_excite(weight.mean(dim=(2, 3)))[:, :, None, None]

@@ -1,0 +1,164 @@
+"""ResNet with excited convolutions and GroupNorm(32); with groups and a base width, the same class is ResNeXt.
+
+He et al., arXiv 1512.03385, with the stride in the bottleneck's 3x3 convolution; Xie et al., arXiv 1611.05431. Names of
+parameters are torchvision's, norms included, so published GN+WS checkpoints load and folded weights go back.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import Conv2d, group_norm
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        conv: Callable[..., nn.Conv2d],
+        in_channels: int,
+        channels: int,
+        stride: int,
+        groups: int = 1,
+        base_width: int = 64,
+    ):
+        super().__init__()
+        if (groups, base_width) != (1, 64):
+            raise ValueError("a basic block has one group of width 64")
+        self.conv1 = conv(in_channels, channels, 3, stride, padding=1)
+        self.bn1 = group_norm(channels)
+        self.conv2 = conv(channels, channels, 3, padding=1)
+        self.bn2 = group_norm(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample(conv, in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1 to the inner width, 3x3 in groups, 1x1 to four times the channels, and a shortcut."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        conv: Callable[..., nn.Conv2d],
+        in_channels: int,
+        channels: int,
+        stride: int,
+        groups: int = 1,
+        base_width: int = 64,
+    ):
+        super().__init__()
+        width = int(channels * base_width / 64) * groups
+        out_channels = channels * self.expansion
+        self.conv1 = conv(in_channels, width, 1)
+        self.bn1 = group_norm(width)
+        self.conv2 = conv(width, width, 3, stride, padding=1, groups=groups)
+        self.bn2 = group_norm(width)
+        self.conv3 = conv(width, out_channels, 1)
+        self.bn3 = group_norm(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample(conv, in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+def downsample(
+    conv: Callable[..., nn.Conv2d], in_channels: int, out_channels: int, stride: int
+) -> nn.Sequential | None:
+    """The shortcut's projection, where the block changes the shape."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), group_norm(out_channels))
+
+
+class ResNet(nn.Module):
+    """ResNet or ResNeXt.
+
+    Input (N, 3, H, W), output logits (N, num_classes).
+
+    Args:
+        block: BasicBlock (which has one group, of width 64) or Bottleneck.
+        depths: blocks in each of the four stages.
+        groups, base_width: ResNeXt's cardinality, and the width of a group in the first stage.
+        num_classes: of the classifier.
+        drop: probability of dropout before the classifier.
+        **excitation: ``excitation``, ``formulation`` and ``standardize`` of :class:`models.layers.Conv2d`.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        *,
+        groups: int = 1,
+        base_width: int = 64,
+        num_classes: int = 1000,
+        drop: float = 0.0,
+        **excitation,
+    ):
+        super().__init__()
+        conv = partial(Conv2d, bias=False, **excitation)
+        self.conv1 = conv(3, 64, 7, stride=2, padding=3)
+        self.bn1 = group_norm(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        in_channels = 64
+        for stage, depth in enumerate(depths):
+            channels = 64 * 2**stage
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(block(conv, in_channels, channels, stride, groups, base_width))
+                in_channels = channels * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(drop)
+        self.fc = nn.Linear(in_channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = torch.flatten(self.avgpool(x), 1)
+        return self.fc(self.dropout(x))
+
+
+def l_resnet18(**options) -> ResNet:
+    """ResNet-18; the options are :class:`ResNet`'s keywords."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), **options)
+
+
+def l_resnet34(**options) -> ResNet:
+    """ResNet-34; the options are :class:`ResNet`'s keywords."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), **options)
+
+
+def l_resnet50(**options) -> ResNet:
+    """ResNet-50; the options are :class:`ResNet`'s keywords."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), **options)
+
+
+def l_resnet101(**options) -> ResNet:
+    """ResNet-101; the options are :class:`ResNet`'s keywords."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), **options)
+
+
+def l_resnet152(**options) -> ResNet:
+    """ResNet-152; the options are :class:`ResNet`'s keywords."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), **options)

@@ -1,0 +1,151 @@
+"""Conv2d, an nn.Conv2d whose weight is excited; excite() and fold(), which convert whole models to it and back."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from models.excitation import ChannelGate, LocationGate, activation_map, standardize
+
+EXCITATIONS = ("we", "mwe", "lwe", "none")
+# The paper and the code that followed it use the letters MWE and LWE for different halves; a formulation names the pair.
+FORMULATIONS = {
+    "channel": {"gate": ChannelGate, "gated_by": "mwe", "mapped_by": "lwe"},
+    "paper": {"gate": LocationGate, "gated_by": "lwe", "mapped_by": "mwe"},
+}
+NORM_GROUPS = 32
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm(32), the norm of the l_* networks.
+
+    Raises:
+        ValueError: 32 does not divide ``channels``.
+    """
+    if channels % NORM_GROUPS:
+        raise ValueError(f"a layer of {channels} channels, which GroupNorm({NORM_GROUPS}) can't divide")
+    return nn.GroupNorm(NORM_GROUPS, channels)
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether each group has one input channel; the authors of the paper report that standardizing hurts those."""
+    return conv.groups > 1 and conv.groups == conv.in_channels
+
+
+class Conv2d(nn.Conv2d):
+    """An nn.Conv2d that convolves with map(gate(standardize(weight))).
+
+    ``weight`` stays the raw parameter, and the gate, where there is one, is the submodule ``gate`` with ``fc1`` and
+    ``fc2``. What is excited depends on the weights alone, never on the input or on calls that went before: replicas,
+    evaluation and a resumed run all see the same. A depthwise convolution is left plain.
+
+    Args:
+        excitation: ``we`` (both), ``mwe``, ``lwe`` or ``none``.
+        formulation: ``channel`` (MWE the channel gate, LWE the map) or ``paper`` (MWE the map, LWE the location gate).
+        standardize: whether weight standardization comes first.
+        *args, **kwargs: those of nn.Conv2d.
+
+    Raises:
+        ValueError: an unknown excitation or formulation.
+    """
+
+    def __init__(
+        self, *args, excitation: str = "we", formulation: str = "channel", standardize: bool = True, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if excitation not in EXCITATIONS:
+            raise ValueError(f"excitation {excitation!r} is none of {', '.join(EXCITATIONS)}")
+        if formulation not in FORMULATIONS:
+            raise ValueError(f"formulation {formulation!r} is none of {', '.join(FORMULATIONS)}")
+        if is_depthwise(self):
+            excitation, standardize = "none", False
+        form = FORMULATIONS[formulation]
+        self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
+        self.mapped = excitation in ("we", form["mapped_by"])
+        self.gate = None
+        if excitation in ("we", form["gated_by"]):
+            self.gate = form["gate"](
+                self.in_channels, self.out_channels, self.groups, self.weight.device, self.weight.dtype
+            )
+
+    def excited_weight(self) -> Tensor:
+        """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            raw = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            weight = standardize(raw) if self.standardize else raw
+            if self.gate is not None:
+                weight = weight * self.gate(raw, weight)
+            if self.mapped:
+                weight = activation_map(weight)
+            return weight.to(self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.excited_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        plain = super().extra_repr()
+        return f"{plain}, excitation={self.excitation}, formulation={self.formulation}, standardize={self.standardize}"
+
+
+def excite(
+    module: nn.Module, excitation: str = "we", formulation: str = "channel", standardize: bool = True
+) -> nn.Module:
+    """Swap every plain nn.Conv2d of any model for an excited one that has the same weight and bias parameters.
+
+    Depthwise convolutions and subclasses of nn.Conv2d are left as they are.
+
+    Args:
+        module: changed in place, unless it is itself a convolution.
+        excitation, formulation, standardize: as for :class:`Conv2d`.
+
+    Returns:
+        The module.
+    """
+
+    def excited(conv: nn.Conv2d) -> Conv2d:
+        new = Conv2d(**_arguments(conv), excitation=excitation, formulation=formulation, standardize=standardize)
+        new.weight, new.bias = conv.weight, conv.bias
+        return new.train(conv.training)
+
+    return _swap(module, lambda child: type(child) is nn.Conv2d and not is_depthwise(child), excited)
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """A copy of the model with plain nn.Conv2d layers and the same outputs: excitation costs nothing at inference.
+
+    The keys of its state_dict are those of the plain network: a folded ``l_resnet50`` loads strictly into torchvision's
+    ``resnet50`` with GroupNorm(32).
+    """
+
+    def plain(conv: Conv2d) -> nn.Conv2d:
+        new = nn.utils.skip_init(nn.Conv2d, **_arguments(conv))
+        with torch.no_grad():
+            new.weight.copy_(conv.excited_weight())
+        new.bias = conv.bias
+        return new.train(conv.training)
+
+    return _swap(copy.deepcopy(model), lambda child: isinstance(child, Conv2d), plain)
+
+
+def _arguments(conv: nn.Conv2d) -> dict:
+    """What nn.Conv2d's constructor was given."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    tensors = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
+    return {name: getattr(conv, name) for name in names} | tensors
+
+
+def _swap(
+    module: nn.Module, chosen: Callable[[nn.Module], bool], convert: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """Replace each chosen module inside ``module``; one that stands in two places stays one."""
+    if chosen(module):
+        return convert(module)
+    converted = {}
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and chosen(child):
+                if child not in converted:
+                    converted[child] = convert(child)
+                setattr(parent, name, converted[child])
+    return module

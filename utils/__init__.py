@@ -1,0 +1,1 @@
+"""What the trainer needs besides the models: one file for each concern."""

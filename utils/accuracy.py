@@ -1,0 +1,48 @@
+"""Loss and top-k accuracy, summed on the device so that a micro-batch never waits for it."""
+
+import torch
+from torch import Tensor
+
+
+def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
+    """What a batch adds to the scores: [summed loss, top-1 hits, top-k hits, images], float64, on the logits' device.
+
+    Args:
+        logits: (N, classes).
+        targets: (N,), class indices.
+        loss: the batch's mean loss, a scalar.
+    """
+    guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices  # top-5 means all classes where there are fewer
+    hits = guesses == targets[:, None]
+    images = torch.full((), len(targets), device=logits.device)
+    return torch.stack([loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images]).double()
+
+
+class Scores:
+    """Running mean of loss (nats) and accuracies (percent) over images."""
+
+    def __init__(self, sums: list[float] | None = None):
+        self.sums = list(sums or (0.0, 0.0, 0.0, 0.0))
+
+    def add(self, sums: list[float]) -> None:
+        """Add the sums of :func:`batch_sums`, read from the device."""
+        self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
+
+    @property
+    def images(self) -> int:
+        return int(self.sums[3])
+
+    @property
+    def loss(self) -> float:
+        return self.sums[0] / max(self.images, 1)
+
+    @property
+    def top1(self) -> float:
+        return 100 * self.sums[1] / max(self.images, 1)
+
+    @property
+    def top5(self) -> float:
+        return 100 * self.sums[2] / max(self.images, 1)
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}  top-1 {self.top1:.2f}  top-5 {self.top5:.2f}"

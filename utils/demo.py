@@ -1,0 +1,187 @@
+"""The built-in demo data: an ImageFolder of drawn shapes and textures, made on first use in seconds.
+
+Ten classes that a person tells apart at a glance. Position, size, rotation, colours, background, blur and noise vary
+within each class, and all are drawn alike for every class, so colour alone tells nothing.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+IMAGES = {"train": 160, "val": 40}  # of each class
+Points = list[tuple[float, float]]
+
+
+def draw_demo(folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Draw the dataset into ``folder`` as train/CLASS/*.jpg and val/CLASS/*.jpg, the same pixels on every call.
+
+    It is drawn aside and renamed when it is whole, so an interrupted drawing is never taken for a dataset.
+
+    Args:
+        folder: must not exist; its parent is made.
+        progress: called with (images drawn, images in all).
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        total = sum(IMAGES.values()) * len(CLASSES)
+        done = 0
+        for split_index, (split, count) in enumerate(IMAGES.items()):
+            for class_index, name in enumerate(CLASSES):
+                target = aside / split / name
+                target.mkdir(parents=True)
+                for index in range(count):
+                    rng = np.random.default_rng([split_index, class_index, index])
+                    quality = int(rng.integers(70, 96))
+                    draw(name, rng).save(target / f"{index:04d}.jpg", quality=quality)
+                    done += 1
+                progress(done, total)
+        aside.chmod(0o755)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def draw(name: str, rng: np.random.Generator) -> Image.Image:
+    """One RGB image of class ``name``, its sides 96 to 144 pixels."""
+    size = width, height = tuple(int(side) for side in rng.integers(96, 145, 2))
+    background, foreground = _colours(rng)
+    image = _gradient(size, background, rng)
+    _clutter(ImageDraw.Draw(image), size, rng)
+    scale = 2  # the mask is drawn larger and reduced, for smooth edges
+    mask = Image.new("L", (width * scale, height * scale))
+    CLASSES[name](ImageDraw.Draw(mask), width * scale, height * scale, rng)
+    image.paste(_gradient(size, foreground, rng), mask=mask.resize(size, Image.Resampling.LANCZOS))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
+    noise = rng.normal(0, rng.uniform(2, 14), (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+
+
+def _colours(rng: np.random.Generator) -> np.ndarray:
+    """Two RGB colours, (2, 3), far enough apart to be told from each other."""
+    while True:
+        pair = rng.uniform(0, 255, (2, 3))
+        if np.abs(np.diff(pair @ (0.299, 0.587, 0.114))) > 70:
+            return pair
+
+
+def _gradient(size: tuple[int, int], colour: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """A plane that drifts from the colour in a random direction."""
+    width, height = size
+    angle = rng.uniform(0, 2 * math.pi)
+    ramp = np.add.outer(np.linspace(-1, 1, height) * math.sin(angle), np.linspace(-1, 1, width) * math.cos(angle))
+    pixels = colour + ramp[:, :, None] * rng.uniform(-25, 25, 3)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _clutter(draw: ImageDraw.ImageDraw, size: tuple[int, int], rng: np.random.Generator) -> None:
+    """Thin lines behind the figure, so that an edge alone tells nothing."""
+    for _ in range(rng.integers(0, 5)):
+        ends = rng.uniform(0, 1, (2, 2)) * size
+        draw.line([tuple(end) for end in ends], fill=tuple(int(c) for c in rng.integers(0, 256, 3)), width=1)
+
+
+def _place(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A figure's centre, radius and rotation; it lies inside the image."""
+    radius = rng.uniform(0.28, 0.46) * min(width, height)
+    return (
+        rng.uniform(radius, width - radius),
+        rng.uniform(radius, height - radius),
+        radius,
+        rng.uniform(0, 2 * math.pi),
+    )
+
+
+def _disc(draw, width, height, rng):
+    x, y, r, _ = _place(width, height, rng)
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+
+
+def _ring(draw, width, height, rng):
+    x, y, r, _ = _place(width, height, rng)
+    draw.ellipse((x - r, y - r, x + r, y + r), outline=255, width=int(r * rng.uniform(0.2, 0.35)))
+
+
+def _crescent(draw, width, height, rng):
+    x, y, r, angle = _place(width, height, rng)
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+    x, y, r = x + 0.55 * r * math.cos(angle), y + 0.55 * r * math.sin(angle), 0.85 * r
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=0)
+
+
+def _polygon(corners: int, inner: float | None = None):
+    """A regular polygon, or a star whose inner corners lie at that part of the radius."""
+
+    def figure(draw, width, height, rng):
+        x, y, r, angle = _place(width, height, rng)
+        count = corners if inner is None else 2 * corners
+        radii = [r * (inner if inner is not None and k % 2 else 1) for k in range(count)]
+        angles = [angle + 2 * math.pi * k / count for k in range(count)]
+        points = zip(radii, angles, strict=True)
+        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=255)
+
+    return figure
+
+
+def _cross(draw, width, height, rng):
+    x, y, r, angle = _place(width, height, rng)
+    arm = int(2 * r * rng.uniform(0.2, 0.32))
+    for a in (angle, angle + math.pi / 2):
+        dx, dy = r * math.cos(a), r * math.sin(a)
+        draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=arm)
+
+
+def _lattice(width, height, rng) -> tuple[float, Callable[[float, float], tuple[float, float]], range]:
+    """A rotated, shifted square lattice over the whole image: its pitch, the place of (i, j), and the range of both."""
+    pitch = rng.uniform(0.13, 0.26) * min(width, height)
+    angle, (x, y) = rng.uniform(0, 2 * math.pi), rng.uniform(0, 1, 2) * (width, height)
+    c, s = pitch * math.cos(angle), pitch * math.sin(angle)
+    reach = int(math.hypot(width, height) / pitch) + 2
+    return pitch, lambda i, j: (x + i * c - j * s, y + i * s + j * c), range(-reach, reach + 1)
+
+
+def _stripes(draw, width, height, rng):
+    _, at, steps = _lattice(width, height, rng)
+    for i in steps[::2]:
+        draw.polygon([at(i, steps[0]), at(i + 1, steps[0]), at(i + 1, steps[-1]), at(i, steps[-1])], fill=255)
+
+
+def _checks(draw, width, height, rng):
+    _, at, steps = _lattice(width, height, rng)
+    for i in steps:
+        for j in steps:
+            if (i + j) % 2 == 0:
+                draw.polygon([at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j + 1)], fill=255)
+
+
+def _dots(draw, width, height, rng):
+    pitch, at, steps = _lattice(width, height, rng)
+    r = pitch * rng.uniform(0.25, 0.38)
+    for i in steps:
+        for j in steps:
+            x, y = at(i, j)
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+
+
+CLASSES = {
+    "checks": _checks,
+    "crescent": _crescent,
+    "cross": _cross,
+    "disc": _disc,
+    "dots": _dots,
+    "ring": _ring,
+    "square": _polygon(4),
+    "star": _polygon(5, inner=0.42),
+    "stripes": _stripes,
+    "triangle": _polygon(3),
+}

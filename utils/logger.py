@@ -1,0 +1,91 @@
+"""log.txt, one tab-separated row for each epoch, and log.png, its curves."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from utils.errors import BadInput
+from utils.files import write_atomically
+
+LOG, CURVES = "log.txt", "log.png"
+COLUMNS = (
+    "Learning Rate",
+    "Train Loss",
+    "Valid Loss",
+    "Train Acc.",
+    "Valid Acc.",
+    "Train Acc.5",
+    "Valid Acc.5",
+    "Epoch",
+)
+
+
+def read_log(file: Path) -> list[dict[str, float]]:
+    """The rows of a log.txt, each {column: value}.
+
+    Raises:
+        BadInput: it isn't such a file.
+    """
+    try:
+        header, *lines = file.read_text().splitlines()
+        columns = header.split("\t")
+        return [dict(zip(columns, map(float, line.split("\t")), strict=True)) for line in lines]
+    except OSError as error:
+        raise BadInput(f"can't read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadInput(f"{file} is damaged or no log: mend it, or move it away") from error
+
+
+class Logger:
+    """The log of a run in ``folder``, with the curves redrawn on each row.
+
+    Args:
+        folder: the run's.
+        title: of the curves.
+        rows: those of an earlier leg of the run.
+    """
+
+    def __init__(self, folder: Path, title: str, rows: list[dict[str, float]] | None = None):
+        self.folder, self.title, self.rows = folder, title, rows or []
+
+    def append(self, *values: float) -> None:
+        """Add an epoch's row, values in the order of COLUMNS, and write both files."""
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        lines = ["\t".join(COLUMNS)]
+        lines += ["\t".join(f"{row[name]:.6g}" for name in COLUMNS) for row in self.rows]
+        write_atomically(self.folder / LOG, lambda file: file.write(("\n".join(lines) + "\n").encode()))
+        figure = draw_curves(self.rows, self.title)
+        write_atomically(self.folder / CURVES, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
+    """Loss and accuracy over the epochs, training and validation, with the learning rate's drops marked."""
+    epochs = [row["Epoch"] for row in rows]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title)
+    panels = zip(figure.subplots(1, 2), ("Loss", "Acc."), ("loss (nats)", "top-1 (%)"), strict=True)
+    for axes, quantity, label in panels:
+        for split, style in (("Train", {"color": "0.55", "linestyle": "--"}), ("Valid", {"color": "tab:blue"})):
+            values = [row[f"{split} {quantity}"] for row in rows]
+            axes.plot(epochs, values, marker="." if len(rows) < 40 else None, label=SPLITS[split], **style)
+        for before, after in zip(rows, rows[1:], strict=False):
+            if after["Learning Rate"] < before["Learning Rate"]:
+                axes.axvline(before["Epoch"] + 0.5, color="0.8", zorder=0)
+                axes.annotate(
+                    f"lr {after['Learning Rate']:.2g}",
+                    (before["Epoch"] + 0.5, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(3, -3),
+                    textcoords="offset points",
+                    va="top",
+                    color="0.4",
+                    fontsize="small",
+                )
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="center right")
+    return figure
+
+
+SPLITS = {"Train": "training", "Valid": "validation"}
