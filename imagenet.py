@@ -16,15 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models.layers import EXCITATIONS, FORMULATIONS, fold
+from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, fold
 from utils import checkpoint as checkpoints
 from utils.accuracy import Scores, batch_sums
-from utils.arguments import Parser, as_flags, flag, gpu_ids, number
+from utils.arguments import Parser, as_words, flag, number
 from utils.data import EpochSampler, ImageFolder, check_same_classes, good_batches, loader, normalize
 from utils.demo import draw_demo
 from utils.distributed import choose_devices, describe
 from utils.errors import BadInput, RunFailed
-from utils.files import write_atomically
+from utils.files import append_text
 from utils.logger import CURVES, LOG, Logger, read_log
 from utils.meters import Progress
 from utils.signals import Stop
@@ -40,19 +40,22 @@ DEMO = {
     "train_batch": 32,
     "lr": 0.0125,
 }
-# Options of one command, which a run does not hand on to the command that resumes it.
-NOT_KEPT = ("checkpoint", "demo", "evaluate", "overwrite", "resume", "start_epoch")
-# Options that make the network; a run can't change them.
-NETWORK = ("arch", "cardinality", "base_width", "excitation", "formulation", "no_standardize")
+# Options that make the network, all of them keywords of models.create; a run can't change them.
+NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
+# Options of one command, which a run doesn't hand on to the command that resumes it.
+ONCE = ("checkpoint", "demo", "evaluate", "overwrite", "resume", "start_epoch")
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
     try:
         return run(sys.argv[1:])
-    except (BadInput, RunFailed) as error:
+    except BadInput as error:
         print(f"imagenet.py: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput) else 1
+        return 2
+    except RunFailed as error:
+        print(f"imagenet.py: {error}", file=sys.stderr)
+        return 1
     except torch.OutOfMemoryError as error:
         print(f"imagenet.py: lower --train-batch and raise --iter-size by as much: {error}", file=sys.stderr)
         return 1
@@ -64,15 +67,16 @@ def main() -> int:
 def run(argv: list[str]) -> int:
     """One command, from its arguments to its last line; returns the exit status."""
     args, saved, file = parse(argv)
-    folder = Path(args.checkpoint)
     training = not args.evaluate
+    folder = Path(args.checkpoint)
+    if training and saved and saved["epoch"] >= args.epochs:
+        print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
+        return 0
     if training:
-        if saved and saved["epoch"] >= args.epochs:
-            print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
-            return 0
         checkpoints.check_run_folder(folder, file, args.overwrite)
     devices = choose_devices(args.gpu_id)
-    device = devices[0]
+    if args.compile and len(devices) > 1:
+        raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
     torch.backends.cudnn.benchmark = True
 
     # Data
@@ -80,118 +84,116 @@ def run(argv: list[str]) -> int:
         print(f"Drawing the demo data into {args.data}", flush=True)
         draw_demo(args.data)
     val_set = ImageFolder(Path(args.data, "val"), args.image_size)
-    train_set = ImageFolder(Path(args.data, "train"), args.image_size, args.seed) if training else None
+    classes = val_set.classes
+    if saved and saved.get("classes", classes) != classes:
+        raise BadInput(f"--data: the classes in {args.data} are not those that {file} was trained on")
     if training:
+        train_set = ImageFolder(Path(args.data, "train"), args.image_size, args.seed)
         check_same_classes(train_set, val_set)
-        if len(train_set) < args.train_batch * args.iter_size:
+        sampler = EpochSampler(len(train_set), args.train_batch * args.iter_size, args.seed)
+        if sampler.steps == 0:
             raise BadInput(
-                f"--train-batch {args.train_batch} x --iter-size {args.iter_size} is more than the {len(train_set)} "
-                f"training images: lower one"
+                f"--train-batch {args.train_batch} x --iter-size {args.iter_size}: more than the {len(train_set)} "
+                "training images; lower one"
             )
-    if saved and saved.get("classes", val_set.classes) != val_set.classes:
-        raise BadInput(f"--data: the classes of {args.data} are not those that {file} was trained on")
 
-    # Model
+    # Network
     torch.manual_seed(args.seed)
-    model = create_model(args, len(val_set.classes), pretrained=args.pretrained and not saved)
+    model = create_model(args, len(classes), args.pretrained and not saved)
+    batch = math.ceil(args.train_batch / len(devices)) if training else args.test_batch
     try:
-        batch = math.ceil(args.train_batch / len(devices)) if training else args.test_batch
         models.check_input(model, batch, args.image_size, training)
     except ValueError as error:
         raise BadInput(f"--image-size {args.image_size}: {args.arch} refuses a batch of {batch}: {error}") from error
     if saved:
         checkpoints.load_weights(model, saved["state_dict"], file)
-    model.to(device)
+    model.to(devices[0])
     amp_type = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, amp_type, enabled=args.amp != "off")
-    val_batches = loader(val_set, args.test_batch, args.workers, device)
-    print(describe_model(args, model))
+    autocast = torch.autocast(devices[0].type, amp_type, enabled=args.amp != "off")
+    val_batches = loader(val_set, args.test_batch, args.workers, devices[0])
+    print(f"{args.arch}: {describe_excitation(model)}")
+    if args.excitation in ("we", "mwe") and args.formulation == "channel" and models.has_batch_norm(model):
+        print("BatchNorm divides out what a gate on whole output channels multiplies: --formulation paper suits it")
     print(f"Devices: {describe(devices)}; {args.workers} workers; amp {args.amp}")
     if args.evaluate:
         scores = evaluate(model, devices, val_batches, autocast)
         print(f"{file or args.arch}: {scores} over {scores.images} images")
         return 0
-    network = nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
+    network = data_parallel(model, devices)
     if args.compile:
         model.compile()
-
-    # Optimizer and order of the images
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    sampler = EpochSampler(len(train_set), args.train_batch * args.iter_size, args.seed)
-    train_batches = loader(train_set, args.train_batch, args.workers, device, sampler)
-    print(describe_steps(args, sampler, len(train_set), len(val_set)))
+    scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
+    train_batches = loader(train_set, args.train_batch, args.workers, devices[0], sampler)
+    print(f"Data: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes")
+    describe_steps(args, sampler)
 
     # Where to begin
-    epoch, step, best_acc, acc, sums = args.start_epoch, 0, -1.0, -1.0, None
-    rows = []
+    epoch, step, best_acc, acc, sums, rows = args.start_epoch, 0, -1.0, -1.0, [], []
+    images = train_set.digest()
     if saved:
-        check_same_order(args, saved, file, train_set)
         epoch, step, best_acc, acc, sums = (saved[key] for key in ("epoch", "step", "best_acc", "acc", "sums"))
+        if step > 0:
+            check_same_order(args, saved, file, images)
         checkpoints.load_state(optimizer, scaler, saved, file)
         if (file.parent / LOG).exists():
             rows = [row for row in read_log(file.parent / LOG) if row["Epoch"] <= epoch]
-        print(f"Going on from {file}: {epoch} epochs and {step} steps done, best top-1 {best_acc:.2f}")
+        print(f"Going on from {file}: {epoch} epochs and {step} steps done, best top-1 {max(best_acc, 0):.2f}")
     checkpoints.open_run_folder(folder, file)
-    write_command(folder, args, argv)
+    kept = {name: value for name, value in vars(args).items() if name not in ONCE}
+    append_text(
+        folder / "command.txt",
+        f"# as typed\n{command(argv)}\n# every option\n{command([*as_words(kept), '-c', args.checkpoint])}\n",
+    )
     logger = Logger(folder, f"{args.arch}, excitation {args.excitation} ({args.formulation})", rows)
     stop = Stop()
 
     def save(epoch: int, step: int, sums: list[float], is_best: bool = False) -> None:
-        contents = {
+        checkpoint = {
             "epoch": epoch,
             "step": step,
             "arch": args.arch,
-            "classes": val_set.classes,
+            "classes": classes,
             "state_dict": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "best_acc": best_acc,
             "acc": acc,
             "sums": sums,
-            "images": train_set.digest(),
+            "images": images,
             "rng": checkpoints.random_state(),
-            "options": {name: value for name, value in vars(args).items() if name not in NOT_KEPT},
+            "options": kept,
         }
-        checkpoints.save(contents, folder, is_best)
+        checkpoints.save(checkpoint, folder, is_best)
 
-    for epoch in range(epoch, args.epochs):
+    while epoch < args.epochs:
         lr = learning_rate(args.lr, args.gamma, args.schedule, epoch)
         for group in optimizer.param_groups:
             group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
         sampler.epoch, sampler.first_step = epoch, step
-        train_scores = Scores(sums)
+        scores = Scores(sums)
         label = f"Epoch {epoch + 1}/{args.epochs}"
         progress = Progress(label, sampler.steps * args.iter_size, args.train_batch, step * args.iter_size)
-        step += train(network, train_batches, optimizer, scaler, autocast, args.iter_size, train_scores, progress, stop)
-        valid_scores = None if stop else evaluate(model, devices, val_batches, autocast, stop)
+        step += train(network, train_batches, optimizer, scaler, autocast, args.iter_size, scores, progress, stop)
+        valid = Scores() if stop else evaluate(model, devices, val_batches, autocast, stop)
         if stop:
-            save(epoch, step, train_scores.sums)
+            save(epoch, step, scores.sums)
             print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {sampler.steps} steps; go on with")
-            print(f"  python imagenet.py --resume {shlex.quote(str(folder))}")
+            print(f"  {command(['--resume', args.checkpoint])}")
             return 128 + stop.number
-        acc = valid_scores.top1
+        acc = valid.top1
         is_best = acc > best_acc
         best_acc = max(acc, best_acc)
-        logger.append(
-            lr,
-            train_scores.loss,
-            valid_scores.loss,
-            train_scores.top1,
-            valid_scores.top1,
-            train_scores.top5,
-            valid_scores.top5,
-            epoch + 1,
-        )
-        step, sums = 0, None
-        save(epoch + 1, step, [], is_best)
+        epoch, step, sums = epoch + 1, 0, []
+        logger.append(lr, scores.loss, valid.loss, scores.top1, valid.top1, scores.top5, valid.top5, epoch)
+        save(epoch, step, sums, is_best)
         took = timedelta(seconds=round(progress.seconds))
-        print(f"{label}  lr {lr:.4g}  train {train_scores}  valid {valid_scores}  {took}", flush=True)
+        print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}  {took}", flush=True)
 
     print(f"Best top-1 {best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
     if args.demo:
-        print("Next: train on your own images, in DIR/train/CLASS and DIR/val/CLASS:")
-        print("  python imagenet.py -a l_resnet50 --data DIR")
+        print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
+        print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
     return 0
 
 
@@ -206,37 +208,35 @@ def train(
     progress: Progress,
     stop: Stop,
 ) -> int:
-    """Train to the end of the epoch or to a signal; ``scores`` is added to. Returns the optimizer steps done."""
+    """Train to the end of the epoch or to a signal, adding to ``scores``; returns the optimizer steps done."""
     network.train()
     like = next(network.parameters())
     sums = torch.zeros(4, dtype=torch.float64, device=like.device)
-    steps = 0
-    for micro_batch, (images, targets) in enumerate(progress.track(good_batches(batches)), start=1):
+    for count, (images, targets) in enumerate(progress.track(good_batches(batches)), start=1):
         targets = targets.to(like.device, non_blocking=True)
         with autocast:
             logits = network(normalize(images, like))
             loss = F.cross_entropy(logits, targets)
         scaler.scale(loss / iter_size).backward()
         sums += batch_sums(logits, targets, loss)
-        if micro_batch % iter_size:
+        if count % iter_size:
             continue
         step_sums = sums.tolist()  # the one read from the device in an optimizer step
         if not math.isfinite(step_sums[0]) and not scaler.is_enabled():
-            rate = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[0]["lr"]
             raise RunFailed(
-                f"{progress.label}, batch {micro_batch}: the loss is {step_sums[0]} at learning rate {rate:g}; the last "
-                "checkpoint stands: resume from it with a lower --lr"
+                f"{progress.label}: the loss is {step_sums[0]} in step {count // iter_size} at learning rate {lr:g}; "
+                "the last checkpoint stands: resume it with a lower --lr"
             )
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        steps += 1
         scores.add(step_sums)
         progress.scores = str(scores)
         sums.zero_()
         if stop:
             break
-    return steps
+    return count // iter_size
 
 
 @torch.no_grad()
@@ -248,9 +248,8 @@ def evaluate(
     stop: Stop | None = None,
 ) -> Scores:
     """Scores over every image, on folded weights: they are excited once and not for each batch."""
-    model = fold(model).eval()
-    like = next(model.parameters())
-    network = nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
+    network = data_parallel(fold(model).eval(), devices)
+    like = next(network.parameters())
     sums = torch.zeros(4, dtype=torch.float64, device=like.device)
     for images, targets in Progress("Validate", len(batches), batches.batch_size).track(good_batches(batches)):
         targets = targets.to(like.device, non_blocking=True)
@@ -263,288 +262,190 @@ def evaluate(
     return Scores(sums.tolist())
 
 
+def data_parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
+    """The model over several GPUs, or as it is."""
+    return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
+
+
 def learning_rate(initial: float, gamma: float, schedule: list[int], epoch: int) -> float:
-    """initial * gamma^(milestones passed): a function of the epoch, so that resuming can't lose a drop."""
+    """initial * gamma^(milestones passed): a function of the epoch, so resuming can't lose a drop."""
     return initial * gamma ** sum(epoch >= milestone for milestone in schedule)
 
 
 def create_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -> nn.Module:
-    """The network on the CPU; what it can't be built with is bad input."""
-    flags = f"-a {args.arch}"
-    if args.arch.startswith("l_resnext"):
-        flags += f" --cardinality {args.cardinality} --base-width {args.base_width}"
+    """The network, on the CPU."""
     try:
         if pretrained and args.evaluate and num_classes != models.pretrained_classes(args.arch):
             raise ValueError(
                 f"its weights know {models.pretrained_classes(args.arch)} classes, --data has {num_classes}"
             )
-        return models.create(
-            args.arch,
-            num_classes=num_classes,
-            pretrained=pretrained,
-            excitation=args.excitation,
-            formulation=args.formulation,
-            standardize=not args.no_standardize,
-            cardinality=args.cardinality,
-            base_width=args.base_width,
-            drop=args.drop,
-            image_size=args.image_size,
-        )
+        options = {name: getattr(args, name) for name in (*NETWORK, "drop", "image_size")}
+        return models.create(args.arch, num_classes=num_classes, pretrained=pretrained, **options)
     except ValueError as error:
-        raise BadInput(f"{flags}{' --pretrained' * pretrained}: {str(error).splitlines()[0]}") from error
+        flags = f"--arch {args.arch}{' --pretrained' * pretrained}"
+        if args.arch.startswith("l_resnext"):
+            flags += f" --cardinality {args.cardinality} --base-width {args.base_width}"
+        raise BadInput(f"{flags}: {str(error).splitlines()[0]}") from error
     except OSError as error:
-        raise RunFailed(f"--pretrained: can't download the weights of {args.arch} ({error})") from error
+        raise RunFailed(f"--pretrained: can't get the weights of {args.arch}: {error}") from error
 
 
-def describe_model(args: argparse.Namespace, model: nn.Module) -> str:
-    """The start-up lines on the network."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    gates = sum(parameter.numel() for name, parameter in model.named_parameters() if ".gate." in f".{name}")
-    text = f"{args.arch}: {total:,} parameters, {gates:,} of them in gates; "
-    if args.excitation is None:
-        return text + "plain convolutions"
-    form = FORMULATIONS[args.formulation]
-    gate = f"{args.formulation} gate"
-    halves = {form["gated_by"]: gate, form["mapped_by"]: "activation map"}
-    parts = [f"{half.upper()} ({halves[half]})" for half in ("mwe", "lwe") if args.excitation in ("we", half)]
-    parts = ([] if args.no_standardize else ["standardized"]) + parts
-    text += f"weights {', '.join(parts) or 'plain'} [--excitation {args.excitation} --formulation {args.formulation}]"
-    if args.formulation == "channel" and args.excitation in ("we", "mwe") and models.has_batch_norm(model):
-        text += "\nBatchNorm divides out what a gate on whole output channels multiplies: use --formulation paper here"
-    return text
-
-
-def describe_steps(args: argparse.Namespace, sampler: EpochSampler, train_images: int, val_images: int) -> str:
-    """The start-up lines on the optimization."""
+def describe_steps(args: argparse.Namespace, sampler: EpochSampler) -> None:
+    """Say what an optimizer step and an epoch are, and whether the learning rate suits them."""
     group = sampler.group
-    lines = [
-        f"Data: {train_images:,} training and {val_images:,} validation images in {args.data}",
+    print(
         f"Each optimizer step: {group} images (--train-batch {args.train_batch} x --iter-size {args.iter_size}); "
-        f"{sampler.steps} steps an epoch",
-    ]
-    if train_images % group:
-        lines.append(f"{train_images % group} images of each epoch's shuffle make no whole step and wait for another")
+        f"{sampler.steps} steps an epoch"
+    )
+    if sampler.images % group:
+        print(f"The last {sampler.images % group} images of each shuffle make no whole step and wait for another epoch")
     suggested = 0.1 * group / 256
     if args.lr > 2 * suggested:
-        lines.append(
-            f"--lr {args.lr:g} is high for {group} images a step: the recipes take 0.1 x {group} / 256 = {suggested:g}"
-        )
-    return "\n".join(lines)
+        print(f"--lr {args.lr:g} is high for steps of {group} images; suggested: 0.1 x {group} / 256 = {suggested:.2g}")
 
 
-def check_same_order(args: argparse.Namespace, saved: dict, file: Path, train_set: ImageFolder) -> None:
+def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str) -> None:
     """In the middle of an epoch, refuse what would change the shuffle or the groups that go on."""
-    if saved["step"] == 0:
-        return
     for name in ("seed", "train_batch", "iter_size"):
         if getattr(args, name) != saved["options"].get(name):
-            raise BadInput(
-                f"{flag(name)}: {file} lies in the middle of an epoch of {flag(name)} {saved['options'].get(name)}"
-            )
-    if train_set.digest() != saved["images"]:
-        raise BadInput(f"--data: {file} lies in the middle of an epoch of other images than {args.data} has now")
+            old = f"{flag(name)} {saved['options'].get(name)}"
+            raise BadInput(f"{flag(name)} {getattr(args, name)}: {file} is in the middle of an epoch with {old}")
+    if images != saved["images"]:
+        raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {args.data} has now")
+
+
+def command(words: list[str]) -> str:
+    """A command line to paste."""
+    return shlex.join(["python", "imagenet.py", *words])
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None]:
     """The options, and the checkpoint to resume with its file.
 
-    What the command gives goes before the resumed run's options, those before the demo's, and those before the defaults.
+    The command's options override the resumed run's, those the demo's, and those the defaults.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.demo:
         parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
     saved = file = None
     if args.resume:
         file = checkpoints.find(args.resume)
         saved = checkpoints.load(file)
         if "options" not in saved and not args.evaluate:
-            raise BadInput(f"--resume: {file} is of another trainer: it can be evaluated with -e, and not trained on")
+            raise BadInput(f"--resume: {file} is of another trainer: it can be evaluated with -e, not trained on")
         if args.start_epoch is not None:
             raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
         if args.pretrained:
-            raise BadInput("--pretrained: the weights come from --resume; leave one out")
+            raise BadInput("--pretrained: with --resume the weights come from there; leave one out")
+        parser.set_defaults(checkpoint=str(file.parent))
         try:
-            args = parser.parse_args([*as_flags(saved.get("options", {})), *argv])
+            args = parser.parse_args([*as_words(saved.get("options", {})), *argv])
         except BadInput as error:
-            raise BadInput(f"{file}, with this command's options: {error}") from error
-        args.checkpoint = args.checkpoint or str(file.parent)
-    else:
-        args = parser.parse_args(argv)
+            raise BadInput(f"{error} (among the options of {file})") from error
     args.checkpoint = args.checkpoint or f"checkpoints/imagenet/{args.arch}"
     args.start_epoch = args.start_epoch or 0
+    check(args, saved is not None)
     if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
-    check(args, saved, file)
+    if saved and "options" in saved:
+        for name in ("arch", *NETWORK):
+            if getattr(args, name) != saved["options"].get(name):
+                old = f"{flag(name)} {saved['options'].get(name)}"
+                raise BadInput(f"{flag(name)} {getattr(args, name)}: {file} is of a run with {old}")
     return args, saved, file
 
 
-def check(args: argparse.Namespace, saved: dict | None, file: Path | None) -> None:
+def check(args: argparse.Namespace, resumed: bool) -> None:
     """Refuse options that don't go together."""
     if args.data is None:
-        raise BadInput("--data: name a folder that holds train/CLASS and val/CLASS, or give --demo")
+        raise BadInput("--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
     if args.arch not in models.ARCHITECTURES:
-        close = difflib.get_close_matches(args.arch, models.ARCHITECTURES)
+        close = ", ".join(difflib.get_close_matches(args.arch, models.ARCHITECTURES))
         raise BadInput(
-            f"--arch {args.arch}: no such architecture" + (f"; close are {', '.join(close)}" if close else "")
+            f"--arch {args.arch}: no such architecture; " + (f"close are {close}" if close else "see --help")
         )
-    if args.evaluate and not (saved or args.pretrained):
-        raise BadInput("--evaluate: it needs weights: give --resume FILE, or --pretrained")
-    if args.evaluate and args.pretrained and args.excitation is not None and not saved:
-        raise BadInput("--excitation: it would only destroy pretrained weights; leave it out, or train")
+    if args.evaluate and not (resumed or args.pretrained):
+        raise BadInput("--evaluate: there are no weights; give --resume FILE or --pretrained")
+    if args.evaluate and args.excitation is not None and not resumed:
+        raise BadInput("--excitation: it would only destroy the pretrained weights; leave it out, or train with it")
     if args.start_epoch >= args.epochs:
-        raise BadInput(f"--start-epoch {args.start_epoch}: the run ends after --epochs {args.epochs}")
-    if args.compile and len(args.gpu_id) > 1:
-        raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
-    for name in NETWORK:
-        if (
-            saved
-            and "options" in saved
-            and as_flags({name: getattr(args, name)}) != as_flags({name: saved["options"].get(name)})
-        ):
-            raise BadInput(f"{flag(name)} {getattr(args, name)}: {file} is of a run with {saved['options'].get(name)}")
-
-
-def write_command(folder: Path, args: argparse.Namespace, argv: list[str]) -> None:
-    """Add the command, as it was typed and with every option resolved, to command.txt."""
-    file = folder / "command.txt"
-    text = file.read_text() if file.exists() else ""
-    for title, words in (("typed", argv), ("resolved", as_flags(vars(args) | {"demo": False}))):
-        text += f"# {title}\n{shlex.join(['python', 'imagenet.py', *words])}\n"
-    write_atomically(file, lambda stream: stream.write(text.encode()))
+        raise BadInput(f"--start-epoch {args.start_epoch}: nothing is left of --epochs {args.epochs}")
 
 
 def build_parser() -> Parser:
-    """The command line, in groups; each help text gives the unit and the default."""
+    """The command line; each help text gives the unit and, in brackets, the default."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    positive = number(int, 1, what="a whole number of at least 1")
-    natural = number(int, 0, what="a whole number of at least 0")
-    rate = number(float, 0, what="a finite number of at least 0")
-    fraction = number(float, 0, 1, what="at least 0 and below 1")
+    count = {"type": number(int, 1), "metavar": "N"}
+    natural = {"type": number(int, 0, 2**63), "metavar": "N"}
+    rate = {"type": number(float, 0), "metavar": "X"}
+    switch = {"action": argparse.BooleanOptionalAction}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    demo = f"draw {DEMO['data']}, ten classes of shapes and textures, and train\n{DEMO['arch']} on it in minutes"
+    archs = f"{', '.join(models.EXCITED)},\nor a torchvision classifier such as resnet50 [%(default)s]"
+    we = "we: both halves; mwe, lwe: one; none: only standardization\n[we for l_*, untouched weights for torchvision's]"
+    channel = "channel: MWE is the channel gate, LWE the activation map;\n"
+    paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
 
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("-d", "--data", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/* (no default)")
-    add(
-        "-j",
-        "--workers",
-        type=natural,
-        default=min(cores, 8),
-        metavar="N",
-        help="processes that load images, in all (%(default)s)",
-    )
-    add(
-        "--image-size",
-        type=positive,
-        default=224,
-        metavar="N",
-        help="pixels, the side of the network's input (%(default)s)",
-    )
-    add(
-        "--demo",
-        action="store_true",
-        help=f"draw ten classes of images into {DEMO['data']} and train {DEMO['arch']} on them\nin a few minutes; other flags override",
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("-d", "--data", metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
+    add("-j", "--workers", **natural, default=min(cores, 8), help="processes that load images, in all [%(default)s]")
+    add("--image-size", **count, default=224, help="pixels, the side of the network's input [%(default)s]")
+    add("--demo", action="store_true", help=demo)
 
-    group = parser.add_argument_group("network")
-    add = group.add_argument
-    add(
-        "-a",
-        "--arch",
-        default="l_resnet50",
-        metavar="ARCH",
-        help=f"{', '.join(models.EXCITED)},\nor a torchvision classifier such as resnet50 (%(default)s)",
-    )
-    add("--cardinality", type=positive, default=32, metavar="N", help="groups of l_resnext* (%(default)s)")
-    add(
-        "--base-width",
-        type=positive,
-        default=4,
-        metavar="N",
-        help="channels of a group of l_resnext* in its first stage (%(default)s)",
-    )
-    add(
-        "--excitation",
-        choices=EXCITATIONS,
-        help="we: both halves, mwe or lwe: one, none: standardization alone\n(we for l_*; torchvision's are left as they are unless this is given)",
-    )
-    add(
-        "--formulation",
-        choices=FORMULATIONS,
-        default="channel",
-        help="channel: MWE is the channel gate, LWE the activation map;\npaper: MWE is the map, LWE the location gate (%(default)s)",
-    )
-    add("--no-standardize", action="store_true", help="leave weight standardization out")
+    add = parser.add_argument_group("network").add_argument
+    add("-a", "--arch", default="l_resnet50", metavar="ARCH", help=archs)
+    add("--cardinality", **count, default=32, help="groups of l_resnext* [%(default)s]")
+    add("--base-width", **count, default=4, help="channels of a group of l_resnext*, in its first stage [%(default)s]")
+    add("--excitation", choices=EXCITATIONS, help=we)
+    add("--formulation", choices=FORMULATIONS, default="channel", help=channel + paper)
+    add("--standardize", **switch, default=True, help="weight standardization before excitation [yes]")
     add(
         "--drop",
         "--dropout",
-        type=fraction,
+        type=number(float, 0, 1),
         default=0.0,
         metavar="P",
-        help="probability of dropout before the classifier (%(default)s)",
+        help="probability of dropout before the classifier [%(default)s]",
     )
-    add("--pretrained", action="store_true", help="start from torchvision's weights")
+    add("--pretrained", **switch, default=False, help="start from torchvision's weights [no]")
 
-    group = parser.add_argument_group("optimization")
-    add = group.add_argument
-    add("--epochs", type=positive, default=90, metavar="N", help="epochs in all (%(default)s)")
-    add("--start-epoch", type=natural, metavar="N", help="epochs to count as done (0)")
-    add(
-        "--train-batch",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="images of a micro-batch, over all GPUs (%(default)s)",
-    )
-    add(
-        "--test-batch",
-        type=positive,
-        default=200,
-        metavar="N",
-        help="images of a validation batch, over all GPUs (%(default)s)",
-    )
-    add("--iter-size", type=positive, default=1, metavar="N", help="micro-batches of an optimizer step (%(default)s)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", **count, default=90, help="epochs in all [%(default)s]")
+    add("--start-epoch", **natural, help="epochs that count as done [0]")
+    add("--train-batch", **count, default=256, help="images of a micro-batch, over all GPUs together [%(default)s]")
+    add("--test-batch", **count, default=200, help="images of a validation batch, over all GPUs together [%(default)s]")
+    add("--iter-size", **count, default=1, help="micro-batches of an optimizer step [%(default)s]")
     add(
         "--lr",
         "--learning-rate",
-        type=rate,
+        **rate,
         default=0.1,
-        metavar="X",
-        help="initial learning rate; 0.1 x train-batch x iter-size / 256 is a good one (%(default)s)",
+        help="initial learning rate; 0.1 x images of a step / 256 suits [%(default)s]",
     )
     add(
         "--schedule",
-        type=natural,
+        **natural | {"metavar": "EPOCH"},
         nargs="*",
         default=[30, 60],
-        metavar="EPOCH",
-        help="epochs from which on the rate is multiplied by gamma (30 60)",
+        help="finished epochs after which the rate is multiplied by gamma [30 60]",
     )
-    add("--gamma", type=rate, default=0.1, metavar="X", help="(%(default)s)")
-    add("--momentum", type=rate, default=0.9, metavar="X", help="of SGD (%(default)s)")
-    add("--weight-decay", "--wd", type=rate, default=1e-4, metavar="X", help="L2, on all parameters (%(default)s)")
-    add(
-        "--seed",
-        "--manualSeed",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="of the weights, the shuffles and the crops (%(default)s)",
-    )
+    add("--gamma", **rate, default=0.1, help="factor on the learning rate [%(default)s]")
+    add("--momentum", **rate, default=0.9, help="of SGD [%(default)s]")
+    add("--weight-decay", "--wd", **rate, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
+    add("--seed", "--manualSeed", **natural, default=0, help="of weights, shuffles, crops and dropout [%(default)s]")
 
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("-c", "--checkpoint", metavar="DIR", help="the run's folder (checkpoints/imagenet/ARCH)")
+    add = parser.add_argument_group("run").add_argument
+    add("-c", "--checkpoint", metavar="DIR", help="folder that the run is written to [checkpoints/imagenet/ARCH]")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--resume", metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
-    add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained, and write nothing")
+    add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
 
-    group = parser.add_argument_group("devices")
-    add = group.add_argument
-    add("--gpu-id", type=gpu_ids, default="0", metavar="N[,N...]", help="GPUs; several make DataParallel (%(default)s)")
-    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision (%(default)s)")
-    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add = parser.add_argument_group("devices").add_argument
+    add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision [%(default)s]")
+    add("--compile", **switch, default=False, help="compile the network by torch.compile [no]")
     return parser
 
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from models.excitation import ChannelGate, LocationGate, activation_map, standardize
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
-# The paper and the code that followed it use the letters MWE and LWE for different halves; a formulation names the pair.
+# The paper and public code use the letters for different halves; a formulation says which letter means what.
 FORMULATIONS = {
-    "channel": {"gate": ChannelGate, "gated_by": "mwe", "mapped_by": "lwe"},
-    "paper": {"gate": LocationGate, "gated_by": "lwe", "mapped_by": "mwe"},
+    "channel": {"mwe": ChannelGate, "lwe": activation_map},
+    "paper": {"mwe": activation_map, "lwe": LocationGate},
 }
 NORM_GROUPS = 32
 
@@ -60,14 +60,12 @@ class Conv2d(nn.Conv2d):
             raise ValueError(f"formulation {formulation!r} is none of {', '.join(FORMULATIONS)}")
         if is_depthwise(self):
             excitation, standardize = "none", False
-        form = FORMULATIONS[formulation]
         self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
-        self.mapped = excitation in ("we", form["mapped_by"])
+        halves = [half for name, half in FORMULATIONS[formulation].items() if excitation in ("we", name)]
+        self.mapped = activation_map in halves
         self.gate = None
-        if excitation in ("we", form["gated_by"]):
-            self.gate = form["gate"](
-                self.in_channels, self.out_channels, self.groups, self.weight.device, self.weight.dtype
-            )
+        for gate in set(halves) - {activation_map}:
+            self.gate = gate(self.in_channels, self.out_channels, self.groups, self.weight.device, self.weight.dtype)
 
     def excited_weight(self) -> Tensor:
         """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
@@ -149,3 +147,19 @@ def _swap(
                     converted[child] = convert(child)
                 setattr(parent, name, converted[child])
     return module
+
+
+def describe_excitation(model: nn.Module) -> str:
+    """A model's parameters and what excites its weights, in words."""
+    total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    convs = [module for module in model.modules() if isinstance(module, Conv2d) and not is_depthwise(module)]
+    if not convs:
+        return f"{total}; plain weights"
+    gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
+    first = convs[0]
+    names = {ChannelGate: "channel gate", LocationGate: "location gate", activation_map: "activation map"}
+    parts = ["standardized"] if first.standardize else []
+    for letters, half in FORMULATIONS[first.formulation].items():
+        if first.excitation in ("we", letters):
+            parts.append(f"{letters.upper()} ({names[half]})")
+    return f"{total}, {gates:,} of them in gates; weights {', '.join(parts) or 'plain'}"

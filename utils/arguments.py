@@ -1,4 +1,4 @@
-"""What argparse lacks: one-line errors, types with bounds, and options as the words of a command line again."""
+"""What argparse lacks: errors of one line, numbers with bounds, and options turned back into the words of a command."""
 
 import argparse
 import math
@@ -8,31 +8,28 @@ from utils.errors import BadInput
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """An ArgumentParser that raises its errors.
+
+    Raises:
+        BadInput: in place of printing the usage and exiting.
+    """
 
     def error(self, message: str) -> None:
         raise BadInput(message)
 
 
-def number(kind: type, low: float, high: float = math.inf, what: str = "") -> Callable[[str], int | float]:
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
     """An argparse type: an int or float in [low, high)."""
 
-    def convert(text: str):
+    def convert(text: str) -> int | float:
         value = kind(text)
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+            bounds = f"at least {low}" + (f" and below {high}" if high < math.inf else " and finite")
+            raise argparse.ArgumentTypeError(f"{text} is out of bounds: give a number {bounds}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names it when the text is no number
+    convert.__name__ = "whole number" if kind is int else "number"  # argparse prints it where the text is none
     return convert
-
-
-def gpu_ids(text: str) -> list[int]:
-    """An argparse type: indices of GPUs, separated by commas."""
-    ids = [int(word) for word in text.split(",")]
-    if min(ids) < 0 or len(set(ids)) < len(ids):
-        raise argparse.ArgumentTypeError(f"{text} names a GPU twice, or one below 0")
-    return ids
 
 
 def flag(name: str) -> str:
@@ -40,14 +37,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def as_flags(options: dict) -> list[str]:
-    """Options as the words of a command line."""
+def as_words(options: dict) -> list[str]:
+    """The options as words of a command line; None is an option that wasn't given."""
     words = []
     for name, value in options.items():
         if isinstance(value, list):
             words += [flag(name), *map(str, value)]
-        elif value is True:
-            words.append(flag(name))
-        elif value is not None and value is not False:
+        elif isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value is not None:
             words.append(f"{flag(name)}={value}")
     return words

@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors, numbers, strings, lists and dicts, written whole or not at all and read without running code.
+"""Checkpoints: plain tensors, numbers, strings, lists and dicts, written atomically and read without running code.
 
 A checkpoint of this trainer is a dict with
 
@@ -165,8 +165,8 @@ def check_run_folder(folder: Path, resumed: Path | None, overwrite: bool) -> Non
             )
     elif any((folder / name).exists() for name in RUN_FILES):
         raise BadInput(
-            f"--checkpoint: {folder} already holds a run: go on with it by --resume {folder}, replace it by --overwrite, "
-            "or write elsewhere with -c DIR"
+            f"--checkpoint: {folder} already holds a run: go on with it by --resume {folder}, replace it "
+            "by --overwrite, or write elsewhere with -c DIR"
         )
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

@@ -166,7 +166,7 @@ class EpochSampler(Sampler):
 def loader(
     dataset: ImageFolder, batch: int, workers: int, device: torch.device, sampler: Sampler | None = None
 ) -> DataLoader:
-    """Batches of uint8 pixels (N, 3, size, size) and class indices (N,); without a sampler every image once, in order."""
+    """Batches of uint8 pixels (N, 3, size, size) and class indices (N,); without a sampler all images, in order."""
     return DataLoader(
         dataset,
         batch_size=batch,
@@ -203,7 +203,7 @@ def good_batches(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def normalize(images: Tensor, like: Tensor) -> Tensor:
-    """uint8 pixels (N, 3, H, W) to the network's input, by ImageNet's mean and deviation, on ``like``'s device and type."""
+    """uint8 pixels (N, 3, H, W), normalized by ImageNet's mean and deviation, with ``like``'s device and type."""
     mean, std = (
         255 * torch.tensor(value, dtype=like.dtype, device=like.device)[:, None, None] for value in (MEAN, STD)
     )

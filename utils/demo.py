@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 IMAGES = {"train": 160, "val": 40}  # of each class
-Points = list[tuple[float, float]]
 
 
 def draw_demo(folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -91,97 +90,92 @@ def _clutter(draw: ImageDraw.ImageDraw, size: tuple[int, int], rng: np.random.Ge
         draw.line([tuple(end) for end in ends], fill=tuple(int(c) for c in rng.integers(0, 256, 3)), width=1)
 
 
-def _place(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A figure's centre, radius and rotation; it lies inside the image."""
-    radius = rng.uniform(0.28, 0.46) * min(width, height)
-    return (
-        rng.uniform(radius, width - radius),
-        rng.uniform(radius, height - radius),
-        radius,
-        rng.uniform(0, 2 * math.pi),
-    )
+def _scattered(figure: Callable) -> Callable:
+    """Several of a figure, each (x, y, radius, angle) in a cell of a grid of its own place, size and rotation."""
+
+    def figures(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> None:
+        cells = int(rng.integers(2, 4))
+        w, h = width / cells, height / cells
+        for column in range(cells):
+            for row in range(cells):
+                r = rng.uniform(0.3, 0.48) * min(w, h)
+                x, y = column * w + rng.uniform(r, w - r), row * h + rng.uniform(r, h - r)
+                figure(draw, x, y, r, rng.uniform(0, 2 * math.pi))
+
+    return figures
 
 
-def _disc(draw, width, height, rng):
-    x, y, r, _ = _place(width, height, rng)
+def _disc(draw, x, y, r, angle):
     draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
 
 
-def _ring(draw, width, height, rng):
-    x, y, r, _ = _place(width, height, rng)
-    draw.ellipse((x - r, y - r, x + r, y + r), outline=255, width=int(r * rng.uniform(0.2, 0.35)))
+def _ring(draw, x, y, r, angle):
+    draw.ellipse((x - r, y - r, x + r, y + r), outline=255, width=max(round(0.28 * r), 1))
 
 
-def _crescent(draw, width, height, rng):
-    x, y, r, angle = _place(width, height, rng)
+def _crescent(draw, x, y, r, angle):
     draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    x, y, r = x + 0.55 * r * math.cos(angle), y + 0.55 * r * math.sin(angle), 0.85 * r
+    x, y, r = x + 0.45 * r * math.cos(angle), y + 0.45 * r * math.sin(angle), 0.8 * r
     draw.ellipse((x - r, y - r, x + r, y + r), fill=0)
 
 
-def _polygon(corners: int, inner: float | None = None):
-    """A regular polygon, or a star whose inner corners lie at that part of the radius."""
+def _cross(draw, x, y, r, angle):
+    for a in (angle, angle + math.pi / 2):
+        dx, dy = r * math.cos(a), r * math.sin(a)
+        draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=max(round(0.5 * r), 1))
 
-    def figure(draw, width, height, rng):
-        x, y, r, angle = _place(width, height, rng)
-        count = corners if inner is None else 2 * corners
-        radii = [r * (inner if inner is not None and k % 2 else 1) for k in range(count)]
-        angles = [angle + 2 * math.pi * k / count for k in range(count)]
-        points = zip(radii, angles, strict=True)
-        draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in points], fill=255)
+
+def _polygon(corners: int, inner: float = 1.0) -> Callable:
+    """A star with that many points, whose inner corners lie at that part of the radius; at 1 a regular polygon."""
+
+    def figure(draw, x, y, r, angle):
+        radii = [r] if inner == 1 else [r, r * inner]
+        count = corners * len(radii)
+        polar = [(radii[k % len(radii)], angle + 2 * math.pi * k / count) for k in range(count)]
+        draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for radius, a in polar], fill=255)
 
     return figure
 
 
-def _cross(draw, width, height, rng):
-    x, y, r, angle = _place(width, height, rng)
-    arm = int(2 * r * rng.uniform(0.2, 0.32))
-    for a in (angle, angle + math.pi / 2):
-        dx, dy = r * math.cos(a), r * math.sin(a)
-        draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=arm)
-
-
-def _lattice(width, height, rng) -> tuple[float, Callable[[float, float], tuple[float, float]], range]:
-    """A rotated, shifted square lattice over the whole image: its pitch, the place of (i, j), and the range of both."""
+def _lattice(width, height, rng) -> tuple[Callable[[float, float], tuple[float, float]], range]:
+    """A rotated, shifted square lattice over the whole image: the place of (i, j), and the range of both."""
     pitch = rng.uniform(0.13, 0.26) * min(width, height)
     angle, (x, y) = rng.uniform(0, 2 * math.pi), rng.uniform(0, 1, 2) * (width, height)
     c, s = pitch * math.cos(angle), pitch * math.sin(angle)
     reach = int(math.hypot(width, height) / pitch) + 2
-    return pitch, lambda i, j: (x + i * c - j * s, y + i * s + j * c), range(-reach, reach + 1)
+    return lambda i, j: (x + i * c - j * s, y + i * s + j * c), range(-reach, reach + 1)
 
 
 def _stripes(draw, width, height, rng):
-    _, at, steps = _lattice(width, height, rng)
+    at, steps = _lattice(width, height, rng)
     for i in steps[::2]:
         draw.polygon([at(i, steps[0]), at(i + 1, steps[0]), at(i + 1, steps[-1]), at(i, steps[-1])], fill=255)
 
 
 def _checks(draw, width, height, rng):
-    _, at, steps = _lattice(width, height, rng)
+    at, steps = _lattice(width, height, rng)
     for i in steps:
         for j in steps:
             if (i + j) % 2 == 0:
                 draw.polygon([at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j + 1)], fill=255)
 
 
-def _dots(draw, width, height, rng):
-    pitch, at, steps = _lattice(width, height, rng)
-    r = pitch * rng.uniform(0.25, 0.38)
-    for i in steps:
-        for j in steps:
-            x, y = at(i, j)
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
+def _zigzag(draw, width, height, rng):
+    at, steps = _lattice(width, height, rng)
+    for i in steps[::2]:
+        edge = [at(i + j % 2, j) for j in steps]
+        draw.polygon(edge + [at(i + 1 + j % 2, j) for j in reversed(steps)], fill=255)
 
 
 CLASSES = {
     "checks": _checks,
-    "crescent": _crescent,
-    "cross": _cross,
-    "disc": _disc,
-    "dots": _dots,
-    "ring": _ring,
-    "square": _polygon(4),
-    "star": _polygon(5, inner=0.42),
+    "crescent": _scattered(_crescent),
+    "cross": _scattered(_cross),
+    "disc": _scattered(_disc),
+    "ring": _scattered(_ring),
+    "square": _scattered(_polygon(4)),
+    "star": _scattered(_polygon(5, inner=0.42)),
     "stripes": _stripes,
-    "triangle": _polygon(3),
+    "triangle": _scattered(_polygon(3)),
+    "zigzag": _zigzag,
 }

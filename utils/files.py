@@ -31,3 +31,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a small text file, or begin it, atomically."""
+    old = path.read_bytes() if path.exists() else b""
+    write_atomically(path, lambda file: file.write(old + text.encode(errors="surrogateescape")))

@@ -1,5 +1,6 @@
 """log.txt, one tab-separated row for each epoch, and log.png, its curves."""
 
+from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ COLUMNS = (
     "Valid Acc.5",
     "Epoch",
 )
+SPLITS = {"Train": "training", "Valid": "validation"}
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
@@ -68,7 +70,7 @@ def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
         for split, style in (("Train", {"color": "0.55", "linestyle": "--"}), ("Valid", {"color": "tab:blue"})):
             values = [row[f"{split} {quantity}"] for row in rows]
             axes.plot(epochs, values, marker="." if len(rows) < 40 else None, label=SPLITS[split], **style)
-        for before, after in zip(rows, rows[1:], strict=False):
+        for before, after in pairwise(rows):
             if after["Learning Rate"] < before["Learning Rate"]:
                 axes.axvline(before["Epoch"] + 0.5, color="0.8", zorder=0)
                 axes.annotate(
@@ -86,6 +88,3 @@ def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
         axes.grid(alpha=0.25)
         axes.legend(loc="center right")
     return figure
-
-
-SPLITS = {"Train": "training", "Valid": "validation"}
