@@ -35,8 +35,8 @@ DEMO = {
     "checkpoint": "checkpoints/demo",
     "arch": "l_resnet18",
     "image_size": 64,
-    "epochs": 12,
-    "schedule": [8, 11],
+    "epochs": 7,
+    "schedule": [5],
     "train_batch": 32,
     "lr": 0.0125,
 }
@@ -212,6 +212,7 @@ def train(
     network.train()
     like = next(network.parameters())
     sums = torch.zeros(4, dtype=torch.float64, device=like.device)
+    count = 0
     for count, (images, targets) in enumerate(progress.track(good_batches(batches)), start=1):
         targets = targets.to(like.device, non_blocking=True)
         with autocast:

@@ -18,6 +18,7 @@ A checkpoint of this trainer is a dict with
 """
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -77,7 +78,9 @@ def load(file: Path) -> dict:
         BadInput: it can't be read, or holds something else. Nothing in the file is run.
     """
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles in other protocols, which are refused below
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises nearly every type there is

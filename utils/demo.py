@@ -17,14 +17,13 @@ from PIL import Image, ImageDraw, ImageFilter
 IMAGES = {"train": 160, "val": 40}  # of each class
 
 
-def draw_demo(folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+def draw_demo(folder: str | Path) -> None:
     """Draw the dataset into ``folder`` as train/CLASS/*.jpg and val/CLASS/*.jpg, the same pixels on every call.
 
     It is drawn aside and renamed when it is whole, so an interrupted drawing is never taken for a dataset.
 
     Args:
         folder: must not exist; its parent is made.
-        progress: called with (images drawn, images in all).
 
     Raises:
         OSError: the folder can't be written.
@@ -33,8 +32,6 @@ def draw_demo(folder: str | Path, progress: Callable[[int, int], None] = lambda 
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        total = sum(IMAGES.values()) * len(CLASSES)
-        done = 0
         for split_index, (split, count) in enumerate(IMAGES.items()):
             for class_index, name in enumerate(CLASSES):
                 target = aside / split / name
@@ -43,8 +40,6 @@ def draw_demo(folder: str | Path, progress: Callable[[int, int], None] = lambda 
                     rng = np.random.default_rng([split_index, class_index, index])
                     quality = int(rng.integers(70, 96))
                     draw(name, rng).save(target / f"{index:04d}.jpg", quality=quality)
-                    done += 1
-                progress(done, total)
         aside.chmod(0o755)
         os.rename(aside, folder)
     finally:
@@ -67,11 +62,12 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def _colours(rng: np.random.Generator) -> np.ndarray:
-    """Two RGB colours, (2, 3), far enough apart to be told from each other."""
+    """Two RGB colours, (2, 3), a darker and a lighter one, far enough apart to be told from each other."""
     while True:
         pair = rng.uniform(0, 255, (2, 3))
-        if np.abs(np.diff(pair @ (0.299, 0.587, 0.114))) > 70:
-            return pair
+        luma = pair @ (0.299, 0.587, 0.114)
+        if abs(luma[1] - luma[0]) > 70:
+            return pair[luma.argsort()]
 
 
 def _gradient(size: tuple[int, int], colour: np.ndarray, rng: np.random.Generator) -> Image.Image:
@@ -90,17 +86,22 @@ def _clutter(draw: ImageDraw.ImageDraw, size: tuple[int, int], rng: np.random.Ge
         draw.line([tuple(end) for end in ends], fill=tuple(int(c) for c in rng.integers(0, 256, 3)), width=1)
 
 
+def _tilt(rng: np.random.Generator) -> float:
+    """A rotation of up to 20 degrees, in radians."""
+    return math.radians(rng.uniform(-20, 20))
+
+
 def _scattered(figure: Callable) -> Callable:
-    """Several of a figure, each (x, y, radius, angle) in a cell of a grid of its own place, size and rotation."""
+    """One or four of a figure, each (x, y, radius, angle) at random in its cell of a grid."""
 
     def figures(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> None:
-        cells = int(rng.integers(2, 4))
+        cells = int(rng.integers(1, 3))
         w, h = width / cells, height / cells
         for column in range(cells):
             for row in range(cells):
-                r = rng.uniform(0.3, 0.48) * min(w, h)
+                r = rng.uniform(0.36, 0.48) * min(w, h)
                 x, y = column * w + rng.uniform(r, w - r), row * h + rng.uniform(r, h - r)
-                figure(draw, x, y, r, rng.uniform(0, 2 * math.pi))
+                figure(draw, x, y, r, _tilt(rng) - math.pi / 2)
 
     return figures
 
@@ -140,7 +141,7 @@ def _polygon(corners: int, inner: float = 1.0) -> Callable:
 def _lattice(width, height, rng) -> tuple[Callable[[float, float], tuple[float, float]], range]:
     """A rotated, shifted square lattice over the whole image: the place of (i, j), and the range of both."""
     pitch = rng.uniform(0.13, 0.26) * min(width, height)
-    angle, (x, y) = rng.uniform(0, 2 * math.pi), rng.uniform(0, 1, 2) * (width, height)
+    angle, (x, y) = _tilt(rng), rng.uniform(0, 1, 2) * (width, height)
     c, s = pitch * math.cos(angle), pitch * math.sin(angle)
     reach = int(math.hypot(width, height) / pitch) + 2
     return lambda i, j: (x + i * c - j * s, y + i * s + j * c), range(-reach, reach + 1)
@@ -171,9 +172,9 @@ CLASSES = {
     "checks": _checks,
     "crescent": _scattered(_crescent),
     "cross": _scattered(_cross),
+    "diamond": _scattered(_polygon(4)),
     "disc": _scattered(_disc),
     "ring": _scattered(_ring),
-    "square": _scattered(_polygon(4)),
     "star": _scattered(_polygon(5, inner=0.42)),
     "stripes": _stripes,
     "triangle": _scattered(_polygon(3)),

@@ -74,7 +74,7 @@ def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
             if after["Learning Rate"] < before["Learning Rate"]:
                 axes.axvline(before["Epoch"] + 0.5, color="0.8", zorder=0)
                 axes.annotate(
-                    f"lr {after['Learning Rate']:.2g}",
+                    f"lr {after['Learning Rate']:.3g}",
                     (before["Epoch"] + 0.5, 1),
                     xycoords=("data", "axes fraction"),
                     xytext=(3, -3),
@@ -86,5 +86,5 @@ def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
-        axes.legend(loc="center right")
+        axes.legend()
     return figure

@@ -1,0 +1,33 @@
+"""What more than one test file calls: small image folders, small networks, and the command as a process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from utils.demo import draw
+
+ROOT = Path(__file__).parent.parent
+# A network of 1.4 M parameters for tests that are not about l_*: small checkpoints, quick steps.
+SMALL = ["-a", "shufflenet_v2_x0_5", "--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3"]
+TINY = ["-a", "l_resnet18", "--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3", "--lr", "0.002"]
+
+
+def draw_folder(folder: Path, splits: dict[str, int], classes: tuple[str, ...] = ("ring", "star")) -> Path:
+    """An image folder with so many images of each class, and one more of each class after the first."""
+    for split, count in splits.items():
+        for label, name in enumerate(classes):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count + label):
+                draw(name, np.random.default_rng([index, label, len(split)])).save(
+                    folder / split / name / f"{index}.jpg"
+                )
+    return folder
+
+
+def start(*words, **options) -> subprocess.Popen:
+    """Start imagenet.py as a process of its own."""
+    argv = [sys.executable, str(ROOT / "imagenet.py"), *map(str, words)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(argv, cwd=ROOT, **options)

@@ -1,0 +1,92 @@
+"""The l_* networks against torchvision's, and against an independently written GN+WS forward."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+import models
+from models.layers import FORMULATIONS, fold
+from utils.checkpoint import load, load_weights
+
+TWINS = {
+    "l_resnet18": "resnet18",
+    "l_resnet34": "resnet34",
+    "l_resnet50": "resnet50",
+    "l_resnet101": "resnet101",
+    "l_resnet152": "resnet152",
+    "l_resnext50": "resnext50_32x4d",
+}
+
+
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("arch", TWINS)
+def test_folded_weights_are_torchvisions(arch, formulation):
+    torch.manual_seed(0)
+    model = models.create(arch, num_classes=11, formulation=formulation).eval()
+    twin = torchvision.models.get_model(
+        TWINS[arch], num_classes=11, norm_layer=lambda channels: nn.GroupNorm(32, channels)
+    ).eval()
+    folded = fold(model)
+    assert list(folded.state_dict()) == list(twin.state_dict())
+    twin.load_state_dict(folded.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-5)
+
+
+def test_initialization():
+    torch.manual_seed(0)
+    model = models.create("l_resnet50")
+    for conv in (model.layer1[0].conv2, model.layer4[2].conv3):
+        fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.02)
+    bound = model.layer4[2].conv3.gate.fc1.in_features ** -0.5
+    fc1 = model.layer4[2].conv3.gate.fc1.weight
+    assert 0.99 * bound < fc1.abs().max() <= bound
+
+
+def gn_ws_resnet50(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """ResNet-50 with GroupNorm and weight standardization, from names alone and without any module."""
+
+    def conv(x, name, stride=1):
+        weight = state[f"{name}.weight"]
+        flat = weight.flatten(1)
+        mean, std = flat.mean(1), flat.std(1) + 1e-5
+        weight = (weight - mean[:, None, None, None]) / std[:, None, None, None]
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    def norm(x, name):
+        return F.group_norm(x, 32, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    x = F.max_pool2d(F.relu(norm(conv(x, "conv1", 2), "bn1")), 3, 2, 1)
+    for stage, depth in enumerate((3, 4, 6, 3), start=1):
+        for index in range(depth):
+            name, stride = f"layer{stage}.{index}", 2 if stage > 1 and index == 0 else 1
+            out = F.relu(norm(conv(x, f"{name}.conv1"), f"{name}.bn1"))
+            out = F.relu(norm(conv(out, f"{name}.conv2", stride), f"{name}.bn2"))
+            out = norm(conv(out, f"{name}.conv3"), f"{name}.bn3")
+            if index == 0:
+                x = norm(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+            x = F.relu(x + out)
+    return F.linear(x.mean((2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+def published(classes: int) -> dict[str, torch.Tensor]:
+    """Random weights under the published GN+WS code's names."""
+    torch.manual_seed(3)
+    network = torchvision.models.resnet50(num_classes=classes, norm_layer=lambda channels: nn.GroupNorm(32, channels))
+    return {name: value + 0.1 * torch.randn_like(value) for name, value in network.state_dict().items()}
+
+
+def test_a_published_checkpoint_gives_its_logits(tmp_path):
+    state = published(12)
+    file = tmp_path / "gn_ws.pth.tar"
+    torch.save({"epoch": 90, "state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    model = models.create("l_resnet50", num_classes=12, excitation="none").eval()
+    load_weights(model, load(file)["state_dict"], file)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)  # in float32, noise grows to 3e-4 over the layers
+    state = {name: value.double() for name, value in state.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model.double()(x), gn_ws_resnet50(state, x), rtol=1e-9, atol=1e-9)

@@ -1,0 +1,177 @@
+"""The equations, against float64 references written in NumPy, and their gradients against finite differences."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from models.excitation import ChannelGate, LocationGate, activation_map, standardize
+from models.layers import EXCITATIONS, FORMULATIONS, Conv2d
+
+# (in_channels, out_channels, kernel, groups)
+SHAPES = [(8, 6, 1, 1), (4, 6, 3, 1), (3, 5, 7, 1), (8, 6, 3, 2), (64, 128, 3, 1), (256, 64, 1, 1), (128, 128, 3, 32)]
+
+
+def reference(weight: np.ndarray, conv: Conv2d) -> np.ndarray:
+    """The excited weight in NumPy, straight from the equations."""
+    raw, (out_channels, fan_in) = weight, (weight.shape[0], weight[0].size)
+    if conv.standardize:
+        flat = weight.reshape(out_channels, -1)
+        centred = flat - flat.mean(1, keepdims=True)
+        weight = (centred / (np.sqrt((centred**2).sum(1, keepdims=True) / (fan_in - 1)) + 1e-5)).reshape(raw.shape)
+    halves = {"we": ("mwe", "lwe"), "none": ()}.get(conv.excitation, (conv.excitation,))
+    gate = {"channel": "mwe", "paper": "lwe"}[conv.formulation] in halves
+    mapped = {"channel": "lwe", "paper": "mwe"}[conv.formulation] in halves
+    if gate:
+        state = {name: value.double().numpy() for name, value in conv.gate.state_dict().items()}
+        if conv.formulation == "channel":
+            statistic = np.abs(raw).reshape(out_channels, -1).mean(1)
+            statistic = statistic / (statistic.mean() + 1e-12)
+        else:
+            statistic = weight.mean((2, 3))
+        hidden = np.maximum(statistic @ state["fc1.weight"].T + state["fc1.bias"], 0)
+        gates = 1 / (1 + np.exp(-(hidden @ state["fc2.weight"].T + state["fc2.bias"])))
+        weight = weight * gates.reshape(*gates.shape, *[1] * (4 - gates.ndim))
+    if mapped:
+        limit = 1.1 * np.abs(weight).max()
+        weight = limit / 2 * np.log((1 + weight / limit) / (1 - weight / limit))
+    return weight
+
+
+@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("excitation", EXCITATIONS)
+@pytest.mark.parametrize("std", [True, False])
+def test_excited_weight_is_the_equation(in_channels, out_channels, kernel, groups, formulation, excitation, std):
+    torch.manual_seed(0)
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        groups=groups,
+        excitation=excitation,
+        formulation=formulation,
+        standardize=std,
+    )
+    expected = reference(conv.weight.detach().double().numpy(), conv)
+    in_double = conv.double().excited_weight()
+    assert in_double.dtype == torch.float64
+    np.testing.assert_allclose(in_double.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("excitation", EXCITATIONS)
+def test_float32_is_close_to_float64(in_channels, out_channels, kernel, groups, formulation, excitation):
+    torch.manual_seed(1)
+    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, excitation=excitation, formulation=formulation)
+    upstream = torch.randn(conv.weight.shape, dtype=torch.float64)
+
+    def value_and_gradient(dtype):
+        conv.to(dtype).zero_grad()
+        weight = conv.excited_weight()
+        weight.backward(upstream.to(dtype))
+        return weight.detach().double(), conv.weight.grad.double()
+
+    single = value_and_gradient(torch.float32)
+    double = value_and_gradient(torch.float64)
+    for ours, exact, bound in zip(single, double, (1e-5, 1e-3), strict=True):
+        assert (ours - exact).abs().max() / exact.abs().max() < bound
+
+
+@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES[:4])
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, groups, formulation):
+    torch.manual_seed(2)
+    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, formulation=formulation).double()
+
+    def gated(weight, *_):
+        standard = standardize(weight)
+        return standard * conv.gate(weight, standard)
+
+    maximum = gated(conv.weight).detach().abs().max()
+
+    def excited(*parameters):
+        return activation_map(gated(*parameters), maximum)
+
+    assert gradcheck(excited, (conv.weight, *conv.gate.parameters()))
+    # The layer's own gradient is that one: the maximum is a constant to it.
+    upstream = torch.randn_like(conv.weight)
+    parameters = list(conv.parameters())[0:1] + list(conv.gate.parameters())
+    fixed = torch.autograd.grad(excited(conv.weight), parameters, upstream)
+    layer = torch.autograd.grad(conv.excited_weight(), parameters, upstream)
+    for ours, expected in zip(layer, fixed, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_map_has_the_papers_derivative():
+    weight = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)
+    mapped = activation_map(weight)
+    (slope,) = torch.autograd.grad(mapped.sum(), weight)
+    limit = 1.1 * 3
+    torch.testing.assert_close(slope, limit**2 / (limit**2 - weight.detach() ** 2))
+    assert slope[50] == 1
+    assert slope[0].item() == pytest.approx(5.7619, abs=1e-4)
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.3, -7.0])
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("excitation", EXCITATIONS)
+@pytest.mark.parametrize("std", [True, False])
+def test_constant_filters_stay_finite(fill, formulation, excitation, std):
+    conv = Conv2d(4, 6, 3, excitation=excitation, formulation=formulation, standardize=std)
+    torch.nn.init.constant_(conv.weight, fill)
+    weight = conv.excited_weight()
+    weight.sum().backward()
+    assert weight.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in conv.parameters() if p.grad is not None)
+    assert conv.weight.grad is not None
+    if fill == 0:
+        assert not weight.any()
+
+
+def test_one_constant_filter_among_others():
+    conv = Conv2d(4, 6, 3).double()
+    with torch.no_grad():
+        conv.weight[2] = 0.5
+    conv.excited_weight().sum().backward()
+    assert conv.weight.grad.isfinite().all()
+
+
+def test_a_filter_of_one_element_is_refused():
+    with pytest.raises(ValueError, match="one element"):
+        standardize(torch.randn(3, 1, 1, 1))
+
+
+def test_standardize_takes_the_mean_out_and_scales_to_one():
+    weight = standardize(torch.randn(7, 5, 3, 3, dtype=torch.float64))
+    torch.testing.assert_close(weight.mean((1, 2, 3)), torch.zeros(7, dtype=torch.float64))
+    torch.testing.assert_close(weight.flatten(1).std(1), torch.ones(7, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_gates_shapes_and_hidden_widths():
+    gate = ChannelGate(64, 128)
+    assert gate.fc1.weight.shape == (8, 128)
+    assert gate.fc2.weight.shape == (128, 8)
+    weight = torch.randn(128, 64, 3, 3)
+    gates = gate(weight, weight)
+    assert gates.shape == (128, 1, 1, 1)
+    assert ((gates > 0) & (gates < 1)).all()
+
+    gate = LocationGate(64, 128, groups=4)  # I = 16, but the reduction is of the layer's 64 channels
+    assert gate.fc1.weight.shape == (4, 16)
+    weight = torch.randn(128, 16, 3, 3)
+    gates = gate(weight, weight)
+    assert gates.shape == (128, 16, 1, 1)
+    assert ((gates > 0) & (gates < 1)).all()
+    assert LocationGate(3, 8).fc1.out_features == 1
+
+
+def test_channel_gate_sees_relative_size_only():
+    gate = ChannelGate(4, 32).double()
+    torch.nn.init.ones_(gate.fc1.weight)  # so that no hidden unit is dead
+    weight = torch.randn(32, 4, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(gate(weight, None), gate(1000 * weight, None))
+    louder = weight.clone()
+    louder[0] *= 5
+    assert not torch.equal(gate(weight, None), gate(louder, None))

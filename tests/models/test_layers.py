@@ -1,0 +1,136 @@
+"""The excited layer, and the conversions of whole models."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models.excitation import ChannelGate, LocationGate, activation_map
+from models.layers import FORMULATIONS, Conv2d, describe_excitation, excite, fold, is_depthwise
+
+BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
+
+
+def test_the_formulation_table():
+    for formulation, excitation, gate, mapped in (
+        ("channel", "we", ChannelGate, True),
+        ("channel", "mwe", ChannelGate, False),
+        ("channel", "lwe", type(None), True),
+        ("paper", "we", LocationGate, True),
+        ("paper", "mwe", type(None), True),
+        ("paper", "lwe", LocationGate, False),
+        ("paper", "none", type(None), False),
+    ):
+        conv = Conv2d(4, 8, 3, excitation=excitation, formulation=formulation)
+        assert type(conv.gate) is gate
+        assert conv.mapped is mapped
+
+
+@pytest.mark.parametrize("wrong", [{"excitation": "all"}, {"formulation": "mine"}])
+def test_unknown_names_are_refused(wrong):
+    with pytest.raises(ValueError, match="is none of"):
+        Conv2d(4, 8, 3, **wrong)
+
+
+@BOTH
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_forward_convolves_with_the_excited_weight(formulation, padding_mode):
+    conv = Conv2d(4, 8, 3, stride=2, padding=1, padding_mode=padding_mode, formulation=formulation)
+    plain = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode=padding_mode)
+    plain.load_state_dict({"weight": conv.excited_weight(), "bias": conv.bias})
+    x = torch.randn(2, 4, 9, 9)
+    assert torch.equal(conv(x), plain(x))
+
+
+@BOTH
+def test_excitation_is_float32_under_autocast_and_in_half(formulation):
+    conv = Conv2d(16, 32, 3, formulation=formulation)
+    expected = conv.excited_weight()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv.excited_weight(), expected)
+        assert conv(torch.randn(1, 16, 5, 5)).dtype == torch.bfloat16
+    half = copy.deepcopy(conv).bfloat16()
+    exact = half.float().excited_weight()
+    assert half.bfloat16().excited_weight().dtype == torch.bfloat16
+    torch.testing.assert_close(half.excited_weight(), exact.bfloat16())
+
+
+def test_depthwise_is_left_plain():
+    conv = Conv2d(8, 16, 3, groups=8)
+    assert conv.gate is None
+    assert conv.excited_weight() is not None
+    assert torch.equal(conv.excited_weight(), conv.weight)
+    network = excite(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(1, 4, 3)))
+    assert [type(layer) is nn.Conv2d for layer in network] == [True, False, False]
+
+
+def test_excite_keeps_the_parameters_and_the_places():
+    network = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)), "b": nn.Conv2d(3, 4, 1)})
+    network["c"] = network["b"]
+    before = dict(network.named_parameters())
+    assert excite(network, "none") is network
+    after = dict(network.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert network["c"] is network["b"]
+    assert isinstance(excite(nn.Conv2d(3, 4, 3)), Conv2d)
+
+
+@BOTH
+def test_fold_gives_the_same_outputs_from_plain_layers(formulation):
+    torch.manual_seed(0)
+    network = excite(torchvision.models.shufflenet_v2_x0_5(), formulation=formulation).eval()
+    folded = fold(network)
+    assert not any(isinstance(module, Conv2d) for module in folded.modules())
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(folded(x), network(x))
+    plain = torchvision.models.shufflenet_v2_x0_5().eval()
+    plain.load_state_dict(folded.state_dict())
+    assert torch.equal(plain(x), network(x))
+    assert any(isinstance(module, Conv2d) for module in network.modules())
+
+
+@BOTH
+def test_dataparallel_replicas_apply_both_halves(formulation, monkeypatch):
+    """What DataParallel does to a module on several GPUs, with copies on the CPU in place of broadcasts."""
+    torch.manual_seed(0)
+    conv = Conv2d(4, 8, 3, formulation=formulation)
+
+    def broadcast(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    replication = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", broadcast)
+    x = torch.randn(2, 4, 5, 5)
+    for replica in replication.replicate(conv, [0, 1]):
+        assert not list(replica.parameters())  # replicas hold plain tensors
+        assert torch.equal(replica(x), conv(x))
+    replica(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in conv.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@BOTH
+def test_dataparallel_on_gpus(formulation):
+    torch.manual_seed(0)
+    conv = Conv2d(4, 8, 3, formulation=formulation).cuda()
+    x = torch.randn(4, 4, 5, 5, device="cuda")
+    devices = list(range(torch.cuda.device_count()))
+    torch.testing.assert_close(nn.DataParallel(conv, devices)(x), conv(x))
+
+
+def test_description():
+    assert describe_excitation(Conv2d(16, 32, 1)).endswith(
+        "weights standardized, MWE (channel gate), LWE (activation map)"
+    )
+    paper = Conv2d(16, 32, 1, excitation="lwe", formulation="paper", standardize=False)
+    assert describe_excitation(paper).endswith("49 of them in gates; weights LWE (location gate)")
+    assert describe_excitation(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"
+    assert is_depthwise(nn.Conv2d(4, 4, 1, groups=4))
+
+
+def test_the_map_is_one_function_for_both():
+    assert FORMULATIONS["channel"]["lwe"] is FORMULATIONS["paper"]["mwe"] is activation_map

@@ -1,0 +1,599 @@
+"""The command line, as a user meets it: training, resuming, evaluating, and every refusal."""
+
+import contextlib
+import os
+import pickle
+import pty
+import re
+import shutil
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import imagenet
+from tests.helpers import SMALL, TINY, draw_folder, start
+from utils.logger import COLUMNS, read_log
+from utils.signals import Stop
+
+
+def checkpoint(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, random state and log are the same to the last bit."""
+    a, b = checkpoint(one), checkpoint(other)
+    for key in ("epoch", "step", "best_acc", "acc", "sums"):
+        assert a[key] == b[key]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    for index, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Send the coming run a SIGTERM when it has done so many optimizer steps."""
+
+    def set_up(steps: int) -> None:
+        checks = iter(range(1, 10**6))
+
+        class Stopping(Stop):
+            def __bool__(self) -> bool:
+                if self.number == 0 and next(checks) == steps:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().__bool__()
+
+        monkeypatch.setattr(imagenet, "Stop", Stopping)
+
+    yield set_up
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+# --- a run, from the first line to the last
+
+
+def test_a_run_and_its_evaluation(command, images, tmp_path):
+    run = tmp_path / "some" / "run"
+    first = command(*TINY, "-d", images, "-c", run, "--epochs", 3, "--schedule", 1, 2)
+    assert first.status == 0
+    assert first.err == ""
+    for text in (
+        "No GPU here: running on the CPU" if not torch.cuda.is_available() else "GPU 0",
+        "l_resnet18: 11,400,238 parameters, 222,700 of them in gates",
+        "weights standardized, MWE (channel gate), LWE (activation map)",
+        "4 images (--train-batch 4 x --iter-size 1); 3 steps an epoch",
+        "The last 1 images of each shuffle",
+        "Epoch 1/3  lr 0.002 ",
+        "Epoch 2/3  lr 0.0002 ",
+        "Epoch 3/3  lr 2e-05 ",
+        f"{run}/model_best.pth.tar",
+    ):
+        assert text in first.out
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoint.pth.tar",
+        "command.txt",
+        "log.png",
+        "log.txt",
+        "model_best.pth.tar",
+    ]
+    rows = read_log(run / "log.txt")
+    assert (run / "log.txt").read_text().splitlines()[0].split("\t")[:5] == list(COLUMNS[:5])
+    assert [row["Learning Rate"] for row in rows] == [0.002, 0.0002, 2e-05]
+    with Image.open(run / "log.png") as picture:
+        assert picture.format == "PNG"
+
+    saved = checkpoint(run)
+    assert (saved["format"], saved["epoch"], saved["step"], saved["arch"]) == (1, 3, 0, "l_resnet18")
+    assert saved["classes"] == ["ring", "star"]
+    assert saved["acc"] == pytest.approx(rows[-1]["Valid Acc."], rel=1e-5)
+    assert saved["best_acc"] == pytest.approx(max(row["Valid Acc."] for row in rows), rel=1e-5)
+    best = checkpoint(run, "model_best.pth.tar")
+    assert best["acc"] == saved["best_acc"]
+
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    result = command("-e", "--resume", run, "-j", 0)
+    assert result.status == 0
+    line = result.out.splitlines()[-1]
+    assert f"top-1 {saved['acc']:.2f}" in line
+    assert f"loss {rows[-1]['Valid Loss']:.4f}" in line
+    assert line.endswith("over 7 images")
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_the_resolved_command_repeats_the_run(command, images, tmp_path):
+    words = [*SMALL, "-d", images, "--epochs", 1, "--excitation", "we", "--formulation", "paper", "--no-standardize"]
+    assert command(*words, "-c", tmp_path / "a").status == 0
+    resolved = (tmp_path / "a" / "command.txt").read_text().splitlines()[3].split()
+    assert resolved[:2] == ["python", "imagenet.py"]
+    assert command(*resolved[2:-1], tmp_path / "b").status == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_any_number_of_workers_gives_the_same_weights(command, images, tmp_path):
+    words = [*TINY, "-d", images, "--epochs", 2, "--drop", 0.3]
+    for workers in (0, 3):
+        assert command(*words, "-j", workers, "-c", tmp_path / str(workers)).status == 0
+    assert_same_run(tmp_path / "0", tmp_path / "3")
+
+
+def test_another_seed_gives_another_run(command, images, tmp_path):
+    for seed in (0, 1):
+        command(*SMALL, "-d", images, "--epochs", 1, "--manualSeed", seed, "-c", tmp_path / str(seed))
+    one, other = (checkpoint(tmp_path / str(seed))["state_dict"]["fc.weight"] for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("formulation", ["channel", "paper"])
+def test_micro_batches_in_float64(command, images, tmp_path, formulation):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for batch, iterations in ((12, 1), (3, 4)):
+            result = command(
+                *(*TINY, "-d", images, "--epochs", 2, "--formulation", formulation, "-c", tmp_path / f"{batch}"),
+                *("--train-batch", batch, "--iter-size", iterations),
+            )
+            assert result.status == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+    one, other = (checkpoint(tmp_path / batch)["state_dict"] for batch in ("12", "3"))
+    for name, value in one.items():
+        assert value.dtype == torch.float64
+        assert (value - other[name]).norm() <= 1e-9 * max(value.norm(), 1e-3), name
+    for row, same in zip(read_log(tmp_path / "12" / "log.txt"), read_log(tmp_path / "3" / "log.txt"), strict=True):
+        assert row == pytest.approx(same, rel=1e-5)
+
+
+def test_micro_batches_in_float32_for_one_step(command, tmp_path):
+    folder = draw_folder(tmp_path / "images", {"train": 16, "val": 1})
+    for batch, iterations in ((32, 1), (8, 4)):
+        words = [*TINY, "-d", folder, "--epochs", 1, "--lr", 0.0125, "-c", tmp_path / str(batch)]
+        assert command(*words, "--train-batch", batch, "--iter-size", iterations).status == 0
+    one, other = (checkpoint(tmp_path / batch) for batch in ("32", "8"))
+    assert one["epoch"] == 1
+    for name, value in one["state_dict"].items():
+        assert (value - other["state_dict"][name]).norm() <= 1e-5 * max(value.norm(), 1e-2), name
+
+
+def test_a_plain_line_where_there_is_no_terminal(command, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.meters.LINE_SECONDS", 0)
+    result = command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path / "run")
+    lines = [line for line in result.out.splitlines() if line.startswith("Epoch 1/1 ")]
+    assert re.match(
+        r"Epoch 1/1 2/3 loss \d+\.\d{4}  top-1 [\d.]+  top-5 100.00  data [\d.]+s  batch [\d.]+s  \d+ img/s  "
+        r"elapsed 0:00:0\d  ETA 0:00:0\d$",
+        lines[1],
+    )
+    assert "\r" not in result.out
+    assert "\x1b" not in result.out
+
+
+def test_a_bar_on_a_terminal(images, tmp_path):
+    ours, terminal = pty.openpty()
+    process = start(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path / "run", stdout=terminal)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal, on Linux
+        while data := os.read(ours, 4096):
+            shown += data
+    assert process.wait(timeout=60) == 0
+    last = shown.decode().split("\r")
+    assert any(re.search(r"Epoch 1/1 \|.*\| 3/3 .*top-1", line) for line in last), shown
+
+
+# --- resuming
+
+
+def test_resumed_equals_uninterrupted_across_a_milestone(command, images, tmp_path):
+    words = [*TINY, "-d", images, "--schedule", 1, 3, "--drop", 0.2, "--formulation", "paper"]
+    assert command(*words, "--epochs", 4, "-c", tmp_path / "whole").status == 0
+    assert command(*words, "--epochs", 2, "-c", tmp_path / "parts").status == 0
+    # The options of the run hold where the command gives none.
+    second = command("--resume", tmp_path / "parts", "--epochs", 4)
+    assert second.status == 0
+    assert "2 epochs and 0 steps done" in second.out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [row["Learning Rate"] for row in read_log(tmp_path / "parts" / "log.txt")] == [0.002, 2e-4, 2e-4, 2e-5]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(command, images, tmp_path, stop_after, steps):
+    words = [*SMALL, "-d", images, "--schedule", 1, "--drop", 0.2, "--epochs", 2, "--iter-size", 1]
+    assert command(*words, "-c", tmp_path / "whole").status == 0
+    stop_after(steps)
+    stopped = command(*words, "-c", tmp_path / "parts")
+    assert stopped.status == 128 + signal.SIGTERM
+    assert f"python imagenet.py --resume {tmp_path / 'parts'}" in stopped.out
+    assert checkpoint(tmp_path / "parts")["step"] > 0
+    assert command("--resume", tmp_path / "parts").status == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_to_the_process_group(command, images, tmp_path):
+    words = [*SMALL, "-d", images, "--epochs", 300, "-j", 2, "-c", tmp_path / "run"]
+    process = start(*words, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "checkpoint.pth.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Stopped by SIGINT" in out
+    assert "Traceback" not in err
+    saved = checkpoint(tmp_path / "run")
+    resumed = command("--resume", tmp_path / "run", "--epochs", saved["epoch"] + 1)
+    assert resumed.status == 0
+    rows = read_log(tmp_path / "run" / "log.txt")
+    assert [row["Epoch"] for row in rows] == list(range(1, saved["epoch"] + 2))
+
+
+def test_a_finished_run_is_left_alone(command, images, tmp_path):
+    run = tmp_path / "run"
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", run)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    result = command("--resume", run)
+    assert result.status == 0
+    assert "finished its 1 epochs" in result.out
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_moved_run_goes_on_beside_its_file(command, images, tmp_path):
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path / "old")
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    assert command("--resume", tmp_path / "new" / "checkpoint.pth.tar", "--epochs", 2).status == 0
+    assert len(read_log(tmp_path / "new" / "log.txt")) == 2
+    assert not (tmp_path / "old").exists()
+
+
+def test_going_on_elsewhere_leaves_the_run_as_it_was(command, images, tmp_path):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    command(*SMALL, "-d", images, "--epochs", 2, "-c", run)
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert command("--resume", run, "--epochs", 3, "--lr", 0.001, "-c", branch).status == 0
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    rows = read_log(branch / "log.txt")
+    assert rows[:2] == read_log(run / "log.txt")
+    assert rows[2]["Learning Rate"] == 0.001
+
+
+def test_a_run_is_replaced_only_when_told(command, images, tmp_path):
+    words = [*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path]
+    assert command(*words).status == 0
+    refused = command(*words)
+    assert refused.status == 2
+    assert "--resume" in refused.err
+    assert "--overwrite" in refused.err
+    assert command(*words, "--overwrite", "--epochs", 2).status == 0
+    assert len(read_log(tmp_path / "log.txt")) == 2
+
+
+def test_an_earlier_checkpoint_does_not_replace_a_later_one(command, images, tmp_path):
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path)
+    shutil.copy(tmp_path / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar")
+    command("--resume", tmp_path, "--epochs", 2)
+    result = command("--resume", tmp_path / "model_best.pth.tar", "--epochs", 3)
+    assert result.status == 2
+    assert "would replace the later" in result.err
+    assert command("--resume", tmp_path / "model_best.pth.tar", "--epochs", 2, "--overwrite").status == 0
+    assert [row["Epoch"] for row in read_log(tmp_path / "log.txt")] == [1, 2]
+
+
+def test_in_the_middle_of_an_epoch_the_shuffle_must_go_on(command, images, tmp_path, stop_after):
+    folder = shutil.copytree(images, tmp_path / "images")
+    stop_after(2)
+    command(*SMALL, "-d", folder, "--epochs", 2, "-c", tmp_path / "run")
+    for words in (["--train-batch", 3], ["--iter-size", 2], ["--seed", 5]):
+        result = command("--resume", tmp_path / "run", *words)
+        assert result.status == 2
+        assert result.err.startswith(f"imagenet.py: {words[0]} {words[1]}: ")
+        assert "in the middle of an epoch" in result.err
+    (folder / "train" / "ring" / "0.jpg").rename(folder / "train" / "ring" / "more.jpg")
+    result = command("--resume", tmp_path / "run")
+    assert result.status == 2
+    assert "other images" in result.err
+
+
+# --- networks
+
+
+def test_torchvision_with_excitation_and_batch_norm(command, images, tmp_path):
+    words = [*SMALL, "-d", images, "--epochs", 1, "--excitation", "we"]
+    channel = command(*words, "-c", tmp_path / "channel")
+    assert channel.status == 0
+    assert channel.out.count("BatchNorm divides out") == 1
+    paper = command(*words, "--formulation", "paper", "-c", tmp_path / "paper")
+    assert paper.status == 0
+    assert "BatchNorm divides out" not in paper.out
+    assert "LWE (location gate)" in paper.out
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision(command, images, tmp_path, amp):
+    words = [*TINY, "-d", images, "--amp", amp, "-c", tmp_path / "run"]
+    assert command(*words, "--epochs", 1).status == 0
+    assert command("--resume", tmp_path / "run", "--epochs", 2).status == 0
+    saved = checkpoint(tmp_path / "run")
+    assert bool(saved["scaler"]) is (amp == "fp16")
+    assert all(value.dtype == torch.float32 for value in saved["state_dict"].values())
+
+
+@pytest.mark.slow
+def test_compile(command, images, tmp_path):
+    assert command(*TINY, "-d", images, "--epochs", 1, "--compile", "-c", tmp_path / "run").status == 0
+    assert command("-e", "--resume", tmp_path / "run").status == 0
+
+
+def test_evaluation_of_another_trainers_weights(command, images, tmp_path):
+    state = torchvision.models.resnet18(num_classes=2, norm_layer=lambda n: torch.nn.GroupNorm(32, n)).state_dict()
+    file = tmp_path / "gn_ws.pth.tar"
+    torch.save({"epoch": 9, "state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    only_val = tmp_path / "data"
+    only_val.mkdir()
+    (only_val / "val").symlink_to(images / "val")
+    words = [*TINY, "-d", only_val, "-e", "--resume", file]
+    gates = command(*words)
+    assert gates.status == 2
+    assert "--excitation none" in gates.err
+    assert command(*words, "--excitation", "none").status == 0
+    trained = command(*TINY, "-d", images, "--resume", file, "--excitation", "none")
+    assert trained.status == 2
+    assert "of another trainer" in trained.err
+
+
+def test_high_learning_rate_is_named(command, images, tmp_path):
+    result = command(*SMALL, "-d", images, "--epochs", 1, "--lr", 0.1, "-c", tmp_path / "a")
+    assert "suggested: 0.1 x 4 / 256 = 0.0016" in result.out
+    result = command(*SMALL, "-d", images, "--epochs", 1, "--lr", 0.003, "-c", tmp_path / "b")
+    assert "suggested" not in result.out
+
+
+@pytest.mark.parametrize("epochs, schedule", [(90, [30, 60]), (100, [30, 60, 90]), (5, []), (9, [6, 3, 3])])
+def test_the_rate_is_a_function_of_the_epoch(epochs, schedule):
+    for epoch in range(epochs):
+        drops = sum(1 for milestone in schedule if milestone <= epoch)
+        assert imagenet.learning_rate(0.1, 0.1, schedule, epoch) == pytest.approx(0.1 ** (1 + drops))
+    rates = [imagenet.learning_rate(0.4, 0.5, schedule, epoch) for epoch in range(epochs)]
+    assert all(after <= before for before, after in pairwise(rates))
+
+
+# --- the demo
+
+
+def test_the_demo_for_an_epoch(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = command("--demo", "--epochs", 1)
+    assert first.status == 0
+    assert "python imagenet.py -a l_resnet50 --data DIR" in first.out
+    assert "checkpoints/demo/log.png" in first.out
+    assert len(list(Path("data/demo/train").iterdir())) == 10
+    assert sorted(os.listdir("data")) == ["demo"]
+    again = command("--demo")
+    assert again.status == 2
+    assert "--resume checkpoints/demo" in again.err
+    assert "--overwrite" in again.err
+    finished = command("--demo", "--resume", "checkpoints/demo", "--epochs", 1)
+    assert finished.status == 0
+
+
+# --- what can't be used: one line, status 2, nothing written
+
+BAD_FLAGS = {
+    "no data": ([], "--data"),
+    "missing folder": (["-d", "nowhere"], "nowhere"),
+    "unknown architecture": (["-d", "@", "-a", "l_resnet51"], "l_resnet50"),
+    "unknown flag": (["-d", "@", "--epoch", "3"], "--epoch"),
+    "unknown choice": (["-d", "@", "--excitation", "all"], "--excitation"),
+    "unknown formulation": (["-d", "@", "--formulation", "x"], "--formulation"),
+    "unknown amp": (["-d", "@", "--amp", "int8"], "--amp"),
+    **{
+        f"{flag} {value}": (["-d", "@", flag, value], flag)
+        for flag, values in {
+            "--train-batch": ("0", "-1", "x", "1.5"),
+            "--test-batch": ("0",),
+            "--iter-size": ("0",),
+            "--image-size": ("0",),
+            "--epochs": ("0", "-3"),
+            "--workers": ("-1",),
+            "--cardinality": ("0",),
+            "--base-width": ("0",),
+            "--start-epoch": ("-1", "90"),
+            "--lr": ("-0.1", "nan", "inf", "fast"),
+            "--gamma": ("nan",),
+            "--momentum": ("-1",),
+            "--weight-decay": ("inf",),
+            "--schedule": ("-30", "x"),
+            "--drop": ("1", "-0.1", "nan"),
+            "--seed": ("-1", str(2**63)),
+            "--gpu-id": ("0,0", "", "x", "-1", "0,"),
+        }.items()
+        for value in values
+    },
+    "group too large": (["-d", "@", "--train-batch", "4", "--iter-size", "4"], "--iter-size 4"),
+    "evaluation without weights": (["-d", "@", "-e"], "--evaluate"),
+    "missing checkpoint": (["-d", "@", "--resume", "nothing.pth.tar"], "nothing.pth.tar"),
+    "pretrained l_*": (["-d", "@", "-a", "l_resnet18", "--pretrained", "--train-batch", "4"], "--pretrained"),
+    "other classes than the weights": (["-d", "@", "-a", "resnet18", "-e", "--pretrained"], "--pretrained"),
+    "excited pretrained": (["-d", "@", "-a", "resnet18", "-e", "--pretrained", "--excitation", "we"], "--excitation"),
+    "no norms": (["-d", "@", "-a", "alexnet", "--excitation", "we", "--train-batch", "4"], "normalization"),
+    "width": (
+        ["-d", "@", "-a", "l_resnext50", "--base-width", "3", "--cardinality", "3", "--train-batch", "4"],
+        "--base-width 3",
+    ),
+    "size": (["-d", "@", "-a", "vit_b_32", "--image-size", "33", "--train-batch", "4"], "vit_b_32"),
+    "small": (["-d", "@", "-a", "inception_v3", "--image-size", "33", "--train-batch", "4"], "--image-size 33"),
+    "one value": (["-d", "@", "-a", "resnet18", "--image-size", "32", "--train-batch", "1"], "--image-size 32"),
+}
+
+
+def assert_refused(result, *texts) -> None:
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("imagenet.py: ")
+    assert "usage" not in result.err
+    for text in texts:
+        assert str(text) in result.err
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(command, images, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    words, text = BAD_FLAGS[case]
+    result = command("-j", 0, *(str(images) if word == "@" else word for word in words))
+    assert_refused(result, text)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_folders(command, tmp_path):
+    run = tmp_path / "run"
+    data = tmp_path / "data"
+
+    def refused(*texts):
+        assert_refused(command(*SMALL, "-d", data, "-c", run), *texts)
+        assert not run.exists()
+
+    data.mkdir()
+    refused("--data", data / "val")
+    draw_folder(data, {"val": 1})
+    refused("--data", data / "train")
+    (data / "train").mkdir()
+    refused(data / "train", "no class folders")
+    (data / "train" / ".hidden").mkdir()
+    refused("no class folders")
+    shutil.rmtree(data / "train")
+    draw_folder(data, {"train": 4}, ("ring", "cross"))
+    refused("val has no folder for the class cross")
+    shutil.rmtree(data / "train" / "cross")
+    refused("train has no folder for the class star")
+    (data / "train" / "star").mkdir()
+    refused(data / "train" / "star", "no images")
+    (data / "train" / "star" / "notes.txt").write_text("no image")
+    refused(data / "train" / "star", "no images")
+    shutil.copytree(data / "train" / "ring", data / "train" / "star", dirs_exist_ok=True)
+    assert command(*SMALL, "-d", data, "-c", run, "--epochs", 1).status == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_damaged_image_is_named(command, images, tmp_path, workers, split):
+    folder = shutil.copytree(images, tmp_path / "images")
+    bad = folder / split / "ring" / "1.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    result = command(*SMALL, "-d", folder, "-c", tmp_path / "run", "-j", workers, "--epochs", 3)
+    assert result.status == 1
+    assert result.err.count("\n") == 1
+    assert str(bad) in result.err
+
+
+def test_unwritable_run_folder(command, images, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(command(*SMALL, "-d", images, "-c", tmp_path / "file" / "run"), "--checkpoint", tmp_path / "file")
+    assert_refused(command(*SMALL, "-d", images, "-c", "/proc/run"), "--checkpoint", "/proc/run")
+
+
+class Boom:
+    """A pickle that would make a file if it were run."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_bad_checkpoints(command, images, tmp_path):
+    run = tmp_path / "run"
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", run)
+    whole = (run / "checkpoint.pth.tar").read_bytes()
+    saved = checkpoint(run)
+    file = tmp_path / "bad.pth.tar"
+
+    def refused(*texts):
+        for words in (["--epochs", 2], ["-e"]):
+            assert_refused(command("--resume", file, *words), *texts)
+        assert sorted(os.listdir(tmp_path)) == ["bad.pth.tar", "run"]
+
+    file.write_bytes(b"no checkpoint")
+    refused(file)
+    file.write_bytes(b"")
+    refused(file)
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(file)
+    torch.save([1, 2], file)
+    refused(file, "list")
+    torch.save({"epoch": 3}, file)
+    refused(file, "no weights")
+    torch.save(saved | {"boom": Boom(str(tmp_path / "boom"))}, file)
+    refused(file, "code")
+    file.write_bytes(pickle.dumps(Boom(str(tmp_path / "boom"))))
+    refused(file, "code")
+    torch.save(saved | {"format": 99}, file)
+    refused(file, "format 99")
+    for key in ("epoch", "classes", "options", "state_dict"):
+        torch.save({name: value for name, value in saved.items() if name != key}, file)
+        refused(file, key)
+    torch.save(saved | {"options": saved["options"] | {"train_batch": "many"}}, file)
+    refused(file, "--train-batch")
+    weights = saved["state_dict"]
+    torch.save(saved | {"state_dict": {name: w for name, w in weights.items() if name != "fc.bias"}}, file)
+    refused(file, "fc.bias")
+    torch.save(saved | {"state_dict": weights | {"fc.bias": torch.zeros(3)}}, file)
+    refused(file, "fc.bias")
+    torch.save(saved | {"classes": ["ring", "sun"]}, file)
+    refused(file, "classes")
+    torch.save(saved | {"optimizer": {}}, file)
+    assert_refused(command("--resume", file, "--epochs", 2), file, "optimizer")
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["-a", "resnet18"], "--arch resnet18"),
+        (["--excitation", "we"], "--excitation we"),
+        (["--no-standardize"], "--standardize"),
+        (["--start-epoch", "1"], "--start-epoch"),
+        (["--pretrained"], "--pretrained"),
+    ],
+)
+def test_a_run_keeps_its_network(command, images, tmp_path, words, text):
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert_refused(command("--resume", tmp_path, "--epochs", 2, *words), text)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_classes_than_the_runs(command, images, tmp_path):
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path / "run")
+    other = draw_folder(tmp_path / "other", {"train": 4, "val": 1}, ("ring", "cross"))
+    for words in (["-e"], ["--epochs", 2]):
+        assert_refused(command("--resume", tmp_path / "run", "-d", other, *words), "--data", other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(command, images, tmp_path):
+    run = tmp_path / "run"
+    command(*TINY, "-d", images, "--epochs", 1, "-c", run)
+    before = (run / "checkpoint.pth.tar").read_bytes()
+    result = command("--resume", run, "--epochs", 3, "--lr", "1e30")
+    assert result.status == 1
+    assert "learning rate 1e+30" in result.err
+    assert (run / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_as_a_process(images, tmp_path):
+    process = start("-d", tmp_path / "nowhere")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err == f"imagenet.py: --data: can't list {tmp_path}/nowhere/val: No such file or directory\n"
+    process = start("--help")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    for text in ("data:", "network:", "optimization:", "run:", "devices:", "--train-batch N", "[256]", "--wd X"):
+        assert text in out

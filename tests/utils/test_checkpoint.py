@@ -1,0 +1,73 @@
+"""Files that are whole or not there, and weights that fit or are refused."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoint import check_run_folder, load, load_weights
+from utils.errors import BadInput
+from utils.files import append_text, write_atomically
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    file = tmp_path / "file"
+    write_atomically(file, lambda stream: stream.write(b"old"))
+
+    def fail(stream):
+        stream.write(b"half of the n")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, fail)
+    assert file.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").write_text("")
+    write_atomically(tmp_path / "ours", lambda stream: stream.write(b""))
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_append(tmp_path):
+    append_text(tmp_path / "file", "one\n")
+    append_text(tmp_path / "file", "two\n")
+    assert (tmp_path / "file").read_text() == "one\ntwo\n"
+
+
+def test_prefixes_and_bare_weights(tmp_path):
+    state = nn.Linear(2, 3).state_dict()
+    for name, contents in (
+        ("bare", state),
+        ("prefixed", {"state_dict": {f"module.{key}": value for key, value in state.items()}}),
+    ):
+        torch.save(contents, tmp_path / name)
+        loaded = load(tmp_path / name)["state_dict"]
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda state: state.pop("bias"), "lacks bias"),
+        (lambda state: state.update(more=torch.zeros(1)), "more"),
+        (lambda state: state.update(bias=torch.zeros(4)), "another shape bias"),
+    ],
+)
+def test_weights_that_do_not_fit(change, text, tmp_path):
+    model = nn.Linear(2, 3)
+    state = dict(nn.Linear(2, 3).state_dict())
+    before = model.weight.clone()
+    change(state)
+    with pytest.raises(BadInput, match=text):
+        load_weights(model, state, tmp_path / "file")
+    assert torch.equal(model.weight, before)
+
+
+def test_an_unwritable_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(BadInput, match="can't write"):
+        check_run_folder(tmp_path / "run", None, False)
