@@ -48,12 +48,13 @@ ONCE = ("checkpoint", "demo", "evaluate", "overwrite", "resume", "start_epoch")
 
 def main() -> int:
     """Run the command line and return the exit status."""
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file is up to date
     try:
         return run(sys.argv[1:])
     except BadInput as error:
         print(f"imagenet.py: {error}", file=sys.stderr)
         return 2
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:  # an OSError names its file
         print(f"imagenet.py: {error}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
@@ -81,8 +82,11 @@ def run(argv: list[str]) -> int:
 
     # Data
     if args.demo and not os.path.exists(args.data):
-        print(f"Drawing the demo data into {args.data}", flush=True)
-        draw_demo(args.data)
+        print(f"Drawing the demo data into {args.data}")
+        try:
+            draw_demo(args.data)
+        except OSError as error:
+            raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
     val_set = ImageFolder(Path(args.data, "val"), args.image_size)
     classes = val_set.classes
     if saved and saved.get("classes", classes) != classes:
@@ -188,7 +192,7 @@ def run(argv: list[str]) -> int:
         logger.append(lr, scores.loss, valid.loss, scores.top1, valid.top1, scores.top5, valid.top5, epoch)
         save(epoch, step, sums, is_best)
         took = timedelta(seconds=round(progress.seconds))
-        print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}  {took}", flush=True)
+        print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}  {took}")
 
     print(f"Best top-1 {best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
     if args.demo:

@@ -1,7 +1,5 @@
 """create(): the one door to the l_* networks and to torchvision's classification architectures."""
 
-import inspect
-
 import torch
 import torchvision
 from torch import nn
@@ -14,7 +12,7 @@ from models.layers import Conv2d, excite, fold
 EXCITED = {
     name: constructor
     for module in (resnet, resnext)
-    for name, constructor in inspect.getmembers(module, inspect.isfunction)
+    for name, constructor in vars(module).items()
     if name.startswith("l_")
 }
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
@@ -83,8 +81,11 @@ def _torchvision(arch: str, num_classes: int, pretrained: bool, drop: float, ima
         options["image_size"] = image_size
     elif arch.startswith("maxvit"):
         options["input_size"] = (image_size, image_size)
-    elif arch in ("googlenet", "inception_v3") and not pretrained:
-        options["init_weights"] = True  # not naming it warns
+    elif arch in ("googlenet", "inception_v3"):
+        # What their pretrained weights need, and a run that began with those must be rebuilt without them.
+        options["transform_input"] = True
+        if not pretrained:
+            options["init_weights"] = True  # not naming it warns
     try:
         if pretrained:
             weights = torchvision.models.get_model_weights(arch).DEFAULT

@@ -44,7 +44,9 @@ class Progress:
         self.start = self.last_line = time.monotonic()
         self.bar = None
         if sys.stdout.isatty():
-            self.bar = Bar(label, max=max(batches, 1), file=sys.stdout, suffix="%(index)d/%(max)d %(text)s")
+            suffix = "%(index)d/%(max)d %(text)s"
+            # A hidden cursor would stay hidden if the process were killed.
+            self.bar = Bar(label, max=max(batches, 1), file=sys.stdout, suffix=suffix, hide_cursor=False)
             self.bar.index = first
 
     def track(self, iterable: Iterable) -> Iterator:
@@ -83,7 +85,7 @@ class Progress:
             self.bar.goto(self.done)
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
-            print(f"{self.label} {self.done}/{self.batches} {self}", flush=True)
+            print(f"{self.label} {self.done}/{self.batches} {self}")
 
     def __str__(self) -> str:
         elapsed = timedelta(seconds=round(self.seconds))
