@@ -7,8 +7,6 @@ Bhuiyan, Lu, Dai and Li, "Weight Excitation", ECCV 2020, doi 10.1007/978-3-030-5
 squeeze-and-excitation networks (Hu et al., arXiv 1709.01507) whose input is a weight in place of an activation.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,14 +32,17 @@ def standardize(weight: Tensor) -> Tensor:
     Raises:
         ValueError: a filter has one element, which has no deviation.
     """
-    fan_in = weight[0].numel()
-    if fan_in == 1:
+    fan_in(weight)
+    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
+    std = weight.std(dim=(1, 2, 3), keepdim=True)  # the gradient of var().sqrt() would be NaN for a constant filter
+    return (weight - mean) / (std + STD_EPSILON)
+
+
+def fan_in(weight: Tensor) -> int:
+    """The number of elements of a filter that is to be standardized; one element is refused, see above."""
+    if weight[0].numel() == 1:
         raise ValueError("a filter of one element has no standard deviation: build this layer with standardize=False")
-    centred = weight - weight.mean(dim=(1, 2, 3), keepdim=True)
-    # The norm of the centred filter is its deviation up to a constant. torch.std gives the same and is far slower; its
-    # gradient at zero is zero in both, where that of var().sqrt() would be NaN.
-    std = torch.linalg.vector_norm(centred, dim=(1, 2, 3), keepdim=True) / math.sqrt(fan_in - 1)
-    return centred / (std + STD_EPSILON)
+    return weight[0].numel()
 
 
 def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Tensor:
@@ -57,14 +58,13 @@ def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Ten
     Returns:
         A tensor of the same shape.
     """
-    if maximum is None:
-        # Half as many passes over memory as abs().amax().
-        low, high = weight.detach().aminmax()
-        maximum = torch.maximum(-low, high)
-    limit = (MAP_MARGIN * torch.as_tensor(maximum, dtype=weight.dtype, device=weight.device)).clamp(
-        min=torch.finfo(weight.dtype).tiny
-    )
+    limit = map_limit(weight.detach().abs().amax() if maximum is None else torch.as_tensor(maximum).to(weight))
     return limit * torch.atanh(weight / limit)
+
+
+def map_limit(maximum: Tensor) -> Tensor:
+    """MA, where the map has its pole, from M; above zero also for a layer of zeros."""
+    return (MAP_MARGIN * maximum).clamp(min=torch.finfo(maximum.dtype).tiny)
 
 
 class Gate(nn.Module):
@@ -93,10 +93,14 @@ class ChannelGate(Gate):
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
         super().__init__(out_channels, max(out_channels // GATE_REDUCTION, 1), device, dtype)
 
-    def forward(self, raw: Tensor, weight: Tensor) -> Tensor:
-        """Gates (O, 1, 1, 1) for the weight (O, I, kh, kw), from the raw weight of the same shape."""
-        magnitude = raw.abs().mean(dim=(1, 2, 3))
-        return self.squeeze_excite(magnitude / (magnitude.mean() + MAGNITUDE_EPSILON))[:, None, None, None]
+    @staticmethod
+    def statistic(raw: Tensor, weight: Tensor) -> Tensor:
+        """mean |W_o|, (O,), of the raw weight (O, I, kh, kw)."""
+        return raw.abs().mean(dim=(1, 2, 3))
+
+    def forward(self, statistic: Tensor) -> Tensor:
+        """Gates (O, 1, 1, 1) from the statistic (O,)."""
+        return self.squeeze_excite(statistic / (statistic.mean() + MAGNITUDE_EPSILON))[:, None, None, None]
 
 
 class LocationGate(Gate):
@@ -109,6 +113,26 @@ class LocationGate(Gate):
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
         super().__init__(in_channels // groups, max(in_channels // GATE_REDUCTION, 1), device, dtype)
 
-    def forward(self, raw: Tensor, weight: Tensor) -> Tensor:
-        """Gates (O, I, 1, 1) for the standardized weight (O, I, kh, kw)."""
-        return self.squeeze_excite(weight.mean(dim=(2, 3)))[:, :, None, None]
+    @staticmethod
+    def statistic(raw: Tensor, weight: Tensor) -> Tensor:
+        """The mean over kh and kw, (O, I), of the standardized weight (O, I, kh, kw)."""
+        return weight.mean(dim=(2, 3))
+
+    def forward(self, statistic: Tensor) -> Tensor:
+        """Gates (O, I, 1, 1) from the statistic (O, I)."""
+        return self.squeeze_excite(statistic)[:, :, None, None]
+
+
+def excite_weight(raw: Tensor, gate: ChannelGate | LocationGate | None, standardized: bool, mapped: bool) -> Tensor:
+    """The excited weight: map(gate(standardize(W))), with those of the three that the layer has.
+
+    Args:
+        raw: W, (O, I, kh, kw).
+
+    Returns:
+        A tensor of the same shape.
+    """
+    weight = standardize(raw) if standardized else raw
+    if gate is not None:
+        weight = weight * gate(gate.statistic(raw, weight))
+    return activation_map(weight) if mapped else weight

@@ -1,12 +1,14 @@
-"""Conv2d, an nn.Conv2d whose weight is excited; excite() and fold(), which convert whole models to it and back."""
+"""Conv2d, an nn.Conv2d whose weight is excited; excite(), fold() and excited_once(), which act on whole models."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from models.excitation import ChannelGate, LocationGate, activation_map, standardize
+from models import excitation, fused
+from models.excitation import ChannelGate, LocationGate, activation_map
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
 # The paper and public code use the letters for different halves; a formulation says which letter means what.
@@ -61,22 +63,24 @@ class Conv2d(nn.Conv2d):
         if is_depthwise(self):
             excitation, standardize = "none", False
         self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
-        halves = [half for name, half in FORMULATIONS[formulation].items() if excitation in ("we", name)]
+        halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
         self.mapped = activation_map in halves
+        self.finished = False  # inside excited_once(), where ``weight`` is the excited one
+        gates = [half for half in halves if half is not activation_map]
         self.gate = None
-        for gate in set(halves) - {activation_map}:
-            self.gate = gate(self.in_channels, self.out_channels, self.groups, self.weight.device, self.weight.dtype)
+        if gates:
+            shape = self.in_channels, self.out_channels, self.groups
+            self.gate = gates[0](*shape, self.weight.device, self.weight.dtype)
 
     def excited_weight(self) -> Tensor:
         """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
+        if self.finished:
+            return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             raw = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-            weight = standardize(raw) if self.standardize else raw
-            if self.gate is not None:
-                weight = weight * self.gate(raw, weight)
-            if self.mapped:
-                weight = activation_map(weight)
-            return weight.to(self.weight.dtype)
+            # A compiler fuses the plain form by itself, and can't see into the other.
+            excite_weight = excitation.excite_weight if torch.compiler.is_compiling() else fused.excite_weight
+            return excite_weight(raw, self.gate, self.standardize, self.mapped).to(self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.excited_weight(), self.bias)
@@ -126,6 +130,31 @@ def fold(model: nn.Module) -> nn.Module:
     return _swap(copy.deepcopy(model), lambda child: isinstance(child, Conv2d), plain)
 
 
+@contextlib.contextmanager
+def excited_once(model: nn.Module) -> Iterator[None]:
+    """Excite the weights once for all forward and backward passes inside the block: those of one optimizer step.
+
+    Inside, each excited convolution's parameter ``weight`` is the finished weight, a leaf that gathers the gradient of
+    every micro-batch; DataParallel copies it to its replicas like any other parameter. On leaving, the raw weight is
+    back, and the gathered gradient flows through the excitation once, to the raw weights and the gates. After an
+    exception the model is as it was before the block, and nothing flows.
+    """
+    convs = [module for module in model.modules() if isinstance(module, Conv2d)]
+    raw = [conv.weight for conv in convs]
+    excited = [conv.excited_weight() for conv in convs]
+    finished = [nn.Parameter(weight.detach(), requires_grad=weight.requires_grad) for weight in excited]
+    try:
+        for conv, weight in zip(convs, finished, strict=True):
+            conv.weight, conv.finished = weight, True
+        yield
+    finally:
+        for conv, weight in zip(convs, raw, strict=True):
+            conv.weight, conv.finished = weight, False
+    used = [(weight, leaf.grad) for weight, leaf in zip(excited, finished, strict=True) if leaf.grad is not None]
+    if used:
+        torch.autograd.backward(*zip(*used, strict=True))
+
+
 def _arguments(conv: nn.Conv2d) -> dict:
     """What nn.Conv2d's constructor was given."""
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -158,8 +187,8 @@ def describe_excitation(model: nn.Module) -> str:
     gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
     first = convs[0]
     names = {ChannelGate: "channel gate", LocationGate: "location gate", activation_map: "activation map"}
-    parts = ["standardized"] if first.standardize else []
+    parts = [f"formulation {first.formulation}"] + ["standardized"] * first.standardize
     for letters, half in FORMULATIONS[first.formulation].items():
         if first.excitation in ("we", letters):
             parts.append(f"{letters.upper()} ({names[half]})")
-    return f"{total}, {gates:,} of them in gates; weights {', '.join(parts) or 'plain'}"
+    return f"{total}, {gates:,} of them in gates; {', '.join(parts)}"

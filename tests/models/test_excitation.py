@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from models import excitation as plain
+from models import fused
 from models.excitation import ChannelGate, LocationGate, activation_map, standardize
 from models.layers import EXCITATIONS, FORMULATIONS, Conv2d
 
@@ -87,7 +89,7 @@ def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, gro
 
     def gated(weight, *_):
         standard = standardize(weight)
-        return standard * conv.gate(weight, standard)
+        return standard * conv.gate(conv.gate.statistic(weight, standard))
 
     maximum = gated(conv.weight).detach().abs().max()
 
@@ -154,14 +156,14 @@ def test_gates_shapes_and_hidden_widths():
     assert gate.fc1.weight.shape == (8, 128)
     assert gate.fc2.weight.shape == (128, 8)
     weight = torch.randn(128, 64, 3, 3)
-    gates = gate(weight, weight)
+    gates = gate(gate.statistic(weight, weight))
     assert gates.shape == (128, 1, 1, 1)
     assert ((gates > 0) & (gates < 1)).all()
 
     gate = LocationGate(64, 128, groups=4)  # I = 16, but the reduction is of the layer's 64 channels
     assert gate.fc1.weight.shape == (4, 16)
     weight = torch.randn(128, 16, 3, 3)
-    gates = gate(weight, weight)
+    gates = gate(gate.statistic(weight, weight))
     assert gates.shape == (128, 16, 1, 1)
     assert ((gates > 0) & (gates < 1)).all()
     assert LocationGate(3, 8).fc1.out_features == 1
@@ -171,7 +173,37 @@ def test_channel_gate_sees_relative_size_only():
     gate = ChannelGate(4, 32).double()
     torch.nn.init.ones_(gate.fc1.weight)  # so that no hidden unit is dead
     weight = torch.randn(32, 4, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(gate(weight, None), gate(1000 * weight, None))
     louder = weight.clone()
     louder[0] *= 5
-    assert not torch.equal(gate(weight, None), gate(louder, None))
+    gates, scaled, changed = (gate(gate.statistic(w, w)) for w in (weight, 1000 * weight, louder))
+    torch.testing.assert_close(gates, scaled)
+    assert not torch.equal(gates, changed)
+
+
+@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("excitation", EXCITATIONS)
+@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fused_is_plain(in_channels, out_channels, kernel, groups, formulation, excitation, std, memory_format):
+    torch.manual_seed(3)
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel,
+        groups=groups,
+        excitation=excitation,
+        formulation=formulation,
+        standardize=std,
+    )
+    conv.to(torch.float64, memory_format=memory_format)
+    upstream = torch.randn_like(conv.weight)
+    kept = upstream.clone()
+    parameters = [conv.weight, *(conv.gate.parameters() if conv.gate is not None else ())]
+    results = []
+    for module in (plain, fused):
+        weight = module.excite_weight(conv.weight, conv.gate, conv.standardize, conv.mapped)
+        results.append([weight, *torch.autograd.grad(weight, parameters, upstream)])
+    for expected, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+    assert torch.equal(upstream, kept)

@@ -1,5 +1,6 @@
 """The excited layer, and the conversions of whole models."""
 
+import contextlib
 import copy
 import importlib
 
@@ -9,7 +10,7 @@ import torchvision
 from torch import nn
 
 from models.excitation import ChannelGate, LocationGate, activation_map
-from models.layers import FORMULATIONS, Conv2d, describe_excitation, excite, fold, is_depthwise
+from models.layers import FORMULATIONS, Conv2d, describe_excitation, excite, excited_once, fold, is_depthwise
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 
@@ -124,13 +125,79 @@ def test_dataparallel_on_gpus(formulation):
 
 def test_description():
     assert describe_excitation(Conv2d(16, 32, 1)).endswith(
-        "weights standardized, MWE (channel gate), LWE (activation map)"
+        "formulation channel, standardized, MWE (channel gate), LWE (activation map)"
     )
     paper = Conv2d(16, 32, 1, excitation="lwe", formulation="paper", standardize=False)
-    assert describe_excitation(paper).endswith("49 of them in gates; weights LWE (location gate)")
+    assert describe_excitation(paper).endswith("49 of them in gates; formulation paper, LWE (location gate)")
     assert describe_excitation(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"
     assert is_depthwise(nn.Conv2d(4, 4, 1, groups=4))
 
 
 def test_the_map_is_one_function_for_both():
     assert FORMULATIONS["channel"]["lwe"] is FORMULATIONS["paper"]["mwe"] is activation_map
+
+
+@BOTH
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_excited_once_gives_the_gradients_of_exciting_in_every_forward(formulation, dtype, tolerance):
+    torch.manual_seed(0)
+    model = excite(torchvision.models.resnet18(norm_layer=lambda n: nn.GroupNorm(8, n)), formulation=formulation)
+    model.to(dtype)
+    images = torch.randn(3, 2, 3, 32, 32, dtype=dtype)
+
+    def gradients(context):
+        model.zero_grad()
+        with context(model):
+            for micro_batch in images:
+                model(micro_batch).square().mean().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    each, once = gradients(contextlib.nullcontext), gradients(excited_once)
+    for one, other in zip(each, once, strict=True):
+        assert (one - other).norm() <= tolerance * one.norm()
+
+
+@BOTH
+def test_inside_excited_once_replicas_have_finished_weights(formulation, monkeypatch):
+    torch.manual_seed(0)
+    conv = Conv2d(4, 8, 3, formulation=formulation)
+    expected = conv.excited_weight().detach()
+
+    def broadcast(tensors, devices, detach=False):
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    replication = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", broadcast)
+    x = torch.randn(2, 4, 5, 5)
+    conv(x).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in conv.parameters()]
+    conv.zero_grad()
+    with excited_once(conv):
+        assert torch.equal(conv.weight, expected)
+        monkeypatch.setattr("models.fused.excite_weight", None)  # nobody excites again
+        replicas = replication.replicate(conv, [0, 1])
+        (replicas[0](x[:1]).sum() + replicas[1](x[1:]).sum()).backward()
+        assert conv.gate.fc1.weight.grad is None
+    for parameter, gradient in zip(conv.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_an_exception_in_excited_once_leaves_the_model_as_it_was():
+    model = nn.Sequential(Conv2d(4, 8, 3), nn.Conv2d(8, 2, 1))
+    before = dict(model.named_parameters())
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="in the block"), excited_once(model):
+        model(torch.randn(1, 4, 5, 5)).sum().backward()
+        raise RuntimeError("in the block")
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert model[0].weight.grad is None
+    assert not model[0].finished
+
+
+def test_excited_once_with_frozen_weights():
+    model = Conv2d(4, 8, 3)
+    model.requires_grad_(False)
+    with excited_once(model):
+        assert torch.equal(model(torch.zeros(1, 4, 5, 5)), model(torch.zeros(1, 4, 5, 5)))
+    assert model.weight.grad is None
