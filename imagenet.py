@@ -5,10 +5,12 @@ import argparse
 import difflib
 import math
 import os
+import pickle
 import shlex
 import signal
 import sys
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,11 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, fold
+from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excited_once, fold
 from utils import checkpoint as checkpoints
 from utils.accuracy import Scores, batch_sums
-from utils.arguments import Parser, as_words, flag, number
-from utils.data import EpochSampler, ImageFolder, check_same_classes, good_batches, loader, normalize
+from utils.arguments import Parser, as_words, flag, number, path
+from utils.data import EpochSampler, ImageFolder, check_same_classes, end_workers, good_batches, loader, normalize
 from utils.demo import draw_demo
 from utils.distributed import choose_devices, describe
 from utils.errors import BadInput, RunFailed
@@ -48,21 +50,30 @@ ONCE = ("checkpoint", "demo", "evaluate", "overwrite", "resume", "start_epoch")
 
 def main() -> int:
     """Run the command line and return the exit status."""
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file is up to date
+    # So that a log file is up to date, and a path that is no text can be printed.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return run(sys.argv[1:])
     except BadInput as error:
         print(f"imagenet.py: {error}", file=sys.stderr)
         return 2
-    except (RunFailed, OSError) as error:  # an OSError names its file
+    except (RunFailed, OSError) as error:
         print(f"imagenet.py: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError as error:
-        print(f"imagenet.py: lower --train-batch and raise --iter-size by as much: {error}", file=sys.stderr)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        text = f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {error}"
+        print(f"imagenet.py: {text.splitlines()[0]}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # raised wherever the main process is when one of the loader's dies
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        print("imagenet.py: a process that loads images died; out of memory? Lower --workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nimagenet.py: interrupted before there was anything to save", file=sys.stderr)
         return 128 + signal.SIGINT
+    finally:
+        end_workers()
 
 
 def run(argv: list[str]) -> int:
@@ -138,21 +149,25 @@ def run(argv: list[str]) -> int:
     if saved:
         epoch, step, best_acc, acc, sums = (saved[key] for key in ("epoch", "step", "best_acc", "acc", "sums"))
         if step > 0:
-            check_same_order(args, saved, file, images)
+            check_same_order(args, saved, file, images, sampler.steps)
         checkpoints.load_state(optimizer, scaler, saved, file)
-        if (file.parent / LOG).exists():
+        if os.path.exists(file.parent / LOG):
             rows = [row for row in read_log(file.parent / LOG) if row["Epoch"] <= epoch]
         print(f"Going on from {file}: {epoch} epochs and {step} steps done, best top-1 {max(best_acc, 0):.2f}")
-    checkpoints.open_run_folder(folder, file)
+    begins = file is None or file.parent.resolve() != folder.resolve()  # whether the run is new to its folder
+    checkpoints.open_run_folder(folder)
     kept = {name: value for name, value in vars(args).items() if name not in ONCE}
-    append_text(
-        folder / "command.txt",
-        f"# as typed\n{command(argv)}\n# every option\n{command([*as_words(kept), '-c', args.checkpoint])}\n",
-    )
+    resolved = as_words(kept | {"checkpoint": args.checkpoint, "resume": args.resume})
+    append_text(folder / "command.txt", f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n", begins)
     logger = Logger(folder, f"{args.arch}, excitation {args.excitation} ({args.formulation})", rows)
     stop = Stop()
 
-    def save(epoch: int, step: int, sums: list[float], is_best: bool = False) -> None:
+    def save(is_best: bool = False) -> None:
+        nonlocal begins
+        if begins:  # only now, when there is something to replace them by, the results of an earlier run go
+            checkpoints.clear_results(folder, file)
+            begins = False
+        logger.write()
         checkpoint = {
             "epoch": epoch,
             "step": step,
@@ -181,16 +196,22 @@ def run(argv: list[str]) -> int:
         step += train(network, train_batches, optimizer, scaler, autocast, args.iter_size, scores, progress, stop)
         valid = Scores() if stop else evaluate(model, devices, val_batches, autocast, stop)
         if stop:
-            save(epoch, step, scores.sums)
+            sums = scores.sums
+            save()
             print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {sampler.steps} steps; go on with")
-            print(f"  {command(['--resume', args.checkpoint])}")
+            print(f"  {command([f'--resume={args.checkpoint}'])}")
             return 128 + stop.number
+        if not math.isfinite(valid.loss):
+            raise RunFailed(
+                f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}; the last checkpoint, if there "
+                "is one, stands: start from there with a lower --lr"
+            )
         acc = valid.top1
         is_best = acc > best_acc
         best_acc = max(acc, best_acc)
         epoch, step, sums = epoch + 1, 0, []
         logger.append(lr, scores.loss, valid.loss, scores.top1, valid.top1, scores.top5, valid.top5, epoch)
-        save(epoch, step, sums, is_best)
+        save(is_best)
         took = timedelta(seconds=round(progress.seconds))
         print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}  {took}")
 
@@ -215,33 +236,34 @@ def train(
     """Train to the end of the epoch or to a signal, adding to ``scores``; returns the optimizer steps done."""
     network.train()
     like = next(network.parameters())
-    sums = torch.zeros(4, dtype=torch.float64, device=like.device)
-    count = 0
-    for count, (images, targets) in enumerate(progress.track(good_batches(batches)), start=1):
-        targets = targets.to(like.device, non_blocking=True)
-        with autocast:
-            logits = network(normalize(images, like))
-            loss = F.cross_entropy(logits, targets)
-        scaler.scale(loss / iter_size).backward()
-        sums += batch_sums(logits, targets, loss)
-        if count % iter_size:
-            continue
+    steps = len(batches) // iter_size
+    micro_batches = progress.track(good_batches(batches))
+    for step in range(1, steps + 1):
+        sums = torch.zeros(4, dtype=torch.float64, device=like.device)
+        with excited_once(network):
+            for images, targets in islice(micro_batches, iter_size):
+                targets = targets.to(like.device, non_blocking=True)
+                with autocast:
+                    logits = network(normalize(images, like))
+                    loss = F.cross_entropy(logits, targets)
+                scaler.scale(loss / iter_size).backward()
+                sums += batch_sums(logits, targets, loss)
         step_sums = sums.tolist()  # the one read from the device in an optimizer step
         if not math.isfinite(step_sums[0]) and not scaler.is_enabled():
             lr = optimizer.param_groups[0]["lr"]
             raise RunFailed(
-                f"{progress.label}: the loss is {step_sums[0]} in step {count // iter_size} at learning rate {lr:g}; "
-                "the last checkpoint stands: resume it with a lower --lr"
+                f"{progress.label}: the loss is {step_sums[0]} in step {step} at learning rate {lr:g}; "
+                "the last checkpoint, if there is one, stands: start from there with a lower --lr"
             )
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         scores.add(step_sums)
         progress.scores = str(scores)
-        sums.zero_()
         if stop:
-            break
-    return count // iter_size
+            return step
+    next(micro_batches, None)  # there is none; the last one is now counted as done
+    return steps
 
 
 @torch.no_grad()
@@ -291,8 +313,9 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -
         if args.arch.startswith("l_resnext"):
             flags += f" --cardinality {args.cardinality} --base-width {args.base_width}"
         raise BadInput(f"{flags}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise RunFailed(f"--pretrained: can't get the weights of {args.arch}: {error}") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
 
 
 def describe_steps(args: argparse.Namespace, sampler: EpochSampler) -> None:
@@ -309,19 +332,21 @@ def describe_steps(args: argparse.Namespace, sampler: EpochSampler) -> None:
         print(f"--lr {args.lr:g} is high for steps of {group} images; suggested: 0.1 x {group} / 256 = {suggested:.2g}")
 
 
-def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str) -> None:
+def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str, steps: int) -> None:
     """In the middle of an epoch, refuse what would change the shuffle or the groups that go on."""
     for name in ("seed", "train_batch", "iter_size"):
         if getattr(args, name) != saved["options"].get(name):
             old = f"{flag(name)} {saved['options'].get(name)}"
             raise BadInput(f"{flag(name)} {getattr(args, name)}: {file} is in the middle of an epoch with {old}")
-    if images != saved["images"]:
+    if images != saved["images"] or saved["step"] > steps:
         raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {args.data} has now")
 
 
 def command(words: list[str]) -> str:
-    """A command line to paste."""
-    return shlex.join(["python", "imagenet.py", *words])
+    """A command line to paste, by this interpreter where it lies below the current folder."""
+    python = Path(sys.executable)
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    return shlex.join([str(python), "imagenet.py", *words])
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None]:
@@ -335,7 +360,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
         parser.set_defaults(**DEMO)
         args = parser.parse_args(argv)
     saved = file = None
-    if args.resume:
+    if args.resume is not None:
         file = checkpoints.find(args.resume)
         saved = checkpoints.load(file)
         if "options" not in saved and not args.evaluate:
@@ -346,9 +371,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
             raise BadInput("--pretrained: with --resume the weights come from there; leave one out")
         parser.set_defaults(checkpoint=str(file.parent))
         try:
-            args = parser.parse_args([*as_words(saved.get("options", {})), *argv])
+            options = saved.get("options", {})
+            if not options.keys() <= vars(args).keys() - set(ONCE):
+                raise BadInput("--resume: it has options that no run has")
+            args = parser.parse_args([*as_words(options), *argv])
         except BadInput as error:
-            raise BadInput(f"{error} (among the options of {file})") from error
+            raise BadInput(f"{error} ({file} with this command's options)") from error
     args.checkpoint = args.checkpoint or f"checkpoints/imagenet/{args.arch}"
     args.start_epoch = args.start_epoch or 0
     check(args, saved is not None)
@@ -371,12 +399,20 @@ def check(args: argparse.Namespace, resumed: bool) -> None:
         raise BadInput(
             f"--arch {args.arch}: no such architecture; " + (f"close are {close}" if close else "see --help")
         )
+    if args.pretrained and args.arch in models.EXCITED:
+        raise BadInput(f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
     if args.evaluate and not (resumed or args.pretrained):
         raise BadInput("--evaluate: there are no weights; give --resume FILE or --pretrained")
     if args.evaluate and args.excitation is not None and not resumed:
         raise BadInput("--excitation: it would only destroy the pretrained weights; leave it out, or train with it")
     if args.start_epoch >= args.epochs:
         raise BadInput(f"--start-epoch {args.start_epoch}: nothing is left of --epochs {args.epochs}")
+    try:
+        last = learning_rate(args.lr, max(args.gamma, 1), args.schedule, args.epochs)
+    except OverflowError:
+        last = math.inf
+    if not math.isfinite(last):
+        raise BadInput(f"--gamma {args.gamma:g}: with --schedule the learning rate grows beyond all numbers")
 
 
 def build_parser() -> Parser:
@@ -394,7 +430,7 @@ def build_parser() -> Parser:
     paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
 
     add = parser.add_argument_group("data").add_argument
-    add("-d", "--data", metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
+    add("-d", "--data", type=path, metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
     add("-j", "--workers", **natural, default=min(cores, 8), help="processes that load images, in all [%(default)s]")
     add("--image-size", **count, default=224, help="pixels, the side of the network's input [%(default)s]")
     add("--demo", action="store_true", help=demo)
@@ -442,9 +478,15 @@ def build_parser() -> Parser:
     add("--seed", "--manualSeed", **natural, default=0, help="of weights, shuffles, crops and dropout [%(default)s]")
 
     add = parser.add_argument_group("run").add_argument
-    add("-c", "--checkpoint", metavar="DIR", help="folder that the run is written to [checkpoints/imagenet/ARCH]")
+    add(
+        "-c",
+        "--checkpoint",
+        type=path,
+        metavar="DIR",
+        help="folder that the run is written to [checkpoints/imagenet/ARCH]",
+    )
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    add("--resume", metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
+    add("--resume", type=path, metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
 
     add = parser.add_argument_group("devices").add_argument

@@ -30,9 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels [224]")
     image_size = parser.parse_args().image_size
-    print(
-        f"| network | parameters, M | gates `channel`, M | gates `paper`, M | MiB for each image of {image_size} pixels |"
-    )
+    size = f"MiB an image of {image_size} pixels"
+    columns = ("network", "parameters, M", "gates `channel`, M", "gates `paper`, M", size)
+    print(f"| {' | '.join(columns)} |")
     print("| --- | --- | --- | --- | --- |")
     for arch in models.EXCITED:
         gates = []

@@ -10,8 +10,9 @@ from utils.demo import draw
 
 ROOT = Path(__file__).parent.parent
 # A network of 1.4 M parameters for tests that are not about l_*: small checkpoints, quick steps.
-SMALL = ["-a", "shufflenet_v2_x0_5", "--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3"]
-TINY = ["-a", "l_resnet18", "--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3", "--lr", "0.002"]
+SIZES = ["--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3"]
+SMALL = ["-a", "shufflenet_v2_x0_5", "--lr", "0.01", *SIZES]
+TINY = ["-a", "l_resnet18", "--lr", "0.002", *SIZES]
 
 
 def draw_folder(folder: Path, splits: dict[str, int], classes: tuple[str, ...] = ("ring", "star")) -> Path:

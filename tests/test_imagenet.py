@@ -1,12 +1,14 @@
 """The command line, as a user meets it: training, resuming, evaluating, and every refusal."""
 
 import contextlib
+import math
 import os
 import pickle
 import pty
 import re
 import shutil
 import signal
+import subprocess
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -70,7 +72,7 @@ def test_a_run_and_its_evaluation(command, images, tmp_path):
     for text in (
         "No GPU here: running on the CPU" if not torch.cuda.is_available() else "GPU 0",
         "l_resnet18: 11,400,238 parameters, 222,700 of them in gates",
-        "weights standardized, MWE (channel gate), LWE (activation map)",
+        "formulation channel, standardized, MWE (channel gate), LWE (activation map)",
         "4 images (--train-batch 4 x --iter-size 1); 3 steps an epoch",
         "The last 1 images of each shuffle",
         "Epoch 1/3  lr 0.002 ",
@@ -114,8 +116,9 @@ def test_the_resolved_command_repeats_the_run(command, images, tmp_path):
     words = [*SMALL, "-d", images, "--epochs", 1, "--excitation", "we", "--formulation", "paper", "--no-standardize"]
     assert command(*words, "-c", tmp_path / "a").status == 0
     resolved = (tmp_path / "a" / "command.txt").read_text().splitlines()[3].split()
-    assert resolved[:2] == ["python", "imagenet.py"]
-    assert command(*resolved[2:-1], tmp_path / "b").status == 0
+    assert resolved[1] == "imagenet.py"
+    words = [word for word in resolved[2:] if not word.startswith("--checkpoint=")]
+    assert command(*words, "-c", tmp_path / "b").status == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -212,7 +215,7 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(command, images, t
     stop_after(steps)
     stopped = command(*words, "-c", tmp_path / "parts")
     assert stopped.status == 128 + signal.SIGTERM
-    assert f"python imagenet.py --resume {tmp_path / 'parts'}" in stopped.out
+    assert f"python imagenet.py --resume={tmp_path / 'parts'}" in stopped.out
     assert checkpoint(tmp_path / "parts")["step"] > 0
     assert command("--resume", tmp_path / "parts").status == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -263,6 +266,49 @@ def test_going_on_elsewhere_leaves_the_run_as_it_was(command, images, tmp_path):
     rows = read_log(branch / "log.txt")
     assert rows[:2] == read_log(run / "log.txt")
     assert rows[2]["Learning Rate"] == 0.001
+
+
+def test_a_branch_has_the_log_and_the_best_of_its_run(command, images, tmp_path, stop_after):
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    command(*SMALL, "-d", images, "--epochs", 2, "-c", run)
+    command(*SMALL, "-d", images, "--epochs", 1, "--seed", 9, "-c", branch)
+    stop_after(1)
+    words = ["--resume", run, "-c", branch, "--epochs", 4]
+    assert command(*words).status == 2
+    assert command(*words, "--overwrite").status == 128 + signal.SIGTERM
+    assert (branch / "log.txt").read_text() == (run / "log.txt").read_text()
+    assert (branch / "model_best.pth.tar").read_bytes() == (run / "model_best.pth.tar").read_bytes()
+    assert command("--resume", branch).status == 0
+    assert [row["Epoch"] for row in read_log(branch / "log.txt")] == [1, 2, 3, 4]
+
+
+def test_overwrite_replaces_a_run_only_by_results(command, images, tmp_path):
+    words = [*SMALL, "-c", tmp_path / "run", "--epochs", 1]
+    command(*words, "-d", images)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "command.txt"}
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "val" / "ring" / "1.jpg").write_bytes(b"")
+    assert command(*words, "-d", folder, "--overwrite").status == 1
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_failure_in_the_first_epoch_does_not_block_the_folder(command, images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    bad = folder / "val" / "ring" / "1.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"")
+    words = [*SMALL, "-d", folder, "-c", tmp_path / "run", "--epochs", 1]
+    assert command(*words).status == 1
+    bad.write_bytes(whole)
+    assert command(*words).status == 0
+
+
+def test_a_damaged_log_is_named(command, images, tmp_path):
+    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path)
+    (tmp_path / "log.txt").write_text("a\tb\n1\t2\n")
+    result = command("--resume", tmp_path, "--epochs", 2)
+    assert result.status == 2
+    assert str(tmp_path / "log.txt") in result.err
 
 
 def test_a_run_is_replaced_only_when_told(command, images, tmp_path):
@@ -388,6 +434,12 @@ def test_the_demo_for_an_epoch(command, tmp_path, monkeypatch):
 
 BAD_FLAGS = {
     "no data": ([], "--data"),
+    "empty path": (["-d", ""], "--data"),
+    "empty run": (["-d", "@", "--resume", ""], "--resume"),
+    "empty folder": (["-d", "@", "-c", ""], "--checkpoint"),
+    "long name": (["-d", "@", "--train-batch", "4", "-a", "shufflenet_v2_x0_5", "-c", "x" * 300], "--checkpoint"),
+    "growing rate": (["-d", "@", "--train-batch", "4", "--gamma", "1e200", "--schedule", "0", "0"], "--gamma"),
+    "evaluate pretrained l_*": (["-d", "@", "-a", "l_resnet18", "-e", "--pretrained"], "--pretrained"),
     "missing folder": (["-d", "nowhere"], "nowhere"),
     "unknown architecture": (["-d", "@", "-a", "l_resnet51"], "l_resnet50"),
     "unknown flag": (["-d", "@", "--epoch", "3"], "--epoch"),
@@ -515,11 +567,13 @@ def test_bad_checkpoints(command, images, tmp_path):
     whole = (run / "checkpoint.pth.tar").read_bytes()
     saved = checkpoint(run)
     file = tmp_path / "bad.pth.tar"
+    (tmp_path / "evil").mkdir()
 
     def refused(*texts):
         for words in (["--epochs", 2], ["-e"]):
             assert_refused(command("--resume", file, *words), *texts)
-        assert sorted(os.listdir(tmp_path)) == ["bad.pth.tar", "run"]
+        assert sorted(os.listdir(tmp_path)) == ["bad.pth.tar", "evil", "run"]
+        assert os.listdir(tmp_path / "evil") == []
 
     file.write_bytes(b"no checkpoint")
     refused(file)
@@ -527,6 +581,9 @@ def test_bad_checkpoints(command, images, tmp_path):
     refused(file)
     file.write_bytes(whole[: len(whole) // 2])
     refused(file)
+    for place in (len(whole) // 3, len(whole) // 2):  # among the numbers of the weights or the momentum
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        refused(file, "damaged")
     torch.save([1, 2], file)
     refused(file, "list")
     torch.save({"epoch": 3}, file)
@@ -540,8 +597,18 @@ def test_bad_checkpoints(command, images, tmp_path):
     for key in ("epoch", "classes", "options", "state_dict"):
         torch.save({name: value for name, value in saved.items() if name != key}, file)
         refused(file, key)
-    torch.save(saved | {"options": saved["options"] | {"train_batch": "many"}}, file)
-    refused(file, "--train-batch")
+    for key, value in (("epoch", -5), ("sums", ["a"]), ("sums", [1.0]), ("arch", "resnet18"), ("best_acc", math.nan)):
+        torch.save(saved | {key: value}, file)
+        refused(file, "options" if key == "arch" else key)
+    for name, value, text in (
+        ("train_batch", "many", "--train-batch"),
+        ("checkpoint", str(tmp_path / "evil"), "options"),
+        ("overwrite", True, "options"),
+        ("help", True, "options"),
+        (3, True, "options"),
+    ):
+        torch.save(saved | {"options": saved["options"] | {name: value}}, file)
+        refused(file, text)
     weights = saved["state_dict"]
     torch.save(saved | {"state_dict": {name: w for name, w in weights.items() if name != "fc.bias"}}, file)
     refused(file, "fc.bias")
@@ -549,8 +616,14 @@ def test_bad_checkpoints(command, images, tmp_path):
     refused(file, "fc.bias")
     torch.save(saved | {"classes": ["ring", "sun"]}, file)
     refused(file, "classes")
-    torch.save(saved | {"optimizer": {}}, file)
-    assert_refused(command("--resume", file, "--epochs", 2), file, "optimizer")
+    torch.save(saved | {"state_dict": weights | {"fc.bias": torch.zeros(2).to_sparse()}}, file)
+    refused(file)
+    wrong = {"momentum_buffer": torch.zeros(1)}
+    for optimizer in ({}, saved["optimizer"] | {"state": {0: wrong}}, saved["optimizer"] | {"state": {0: 3}}):
+        torch.save(saved | {"optimizer": optimizer}, file)
+        assert_refused(command("--resume", file, "--epochs", 2), file, "optimizer")
+    torch.save(saved | {"step": 99}, file)
+    assert_refused(command("--resume", file, "--epochs", 2), file)
 
 
 @pytest.mark.parametrize(
@@ -585,6 +658,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(command, images, tmp_path):
     assert result.status == 1
     assert "learning rate 1e+30" in result.err
     assert (run / "checkpoint.pth.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_diverged_epoch_is_not_saved(command, images, tmp_path, amp):
+    words = [*TINY, "-d", images, "-c", tmp_path, "--train-batch", 12, "--amp", amp]  # one step in an epoch
+    command(*words, "--epochs", 1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != "command.txt"}
+    result = command("--resume", tmp_path, "--epochs", 4, "--lr", "1e30")
+    assert result.status == 1
+    assert "learning rate 1e+30" in result.err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_killed_worker_ends_the_run(images, tmp_path):
+    process = start(*SMALL, "-d", images, "--epochs", 3000, "-j", 2, "-c", tmp_path / "run")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoint.pth.tar").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    worker = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()[0]
+    os.kill(int(worker), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith("imagenet.py: a process that loads images died")
+    assert "Traceback" not in err
 
 
 def test_as_a_process(images, tmp_path):

@@ -32,6 +32,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
     return convert
 
 
+def path(text: str) -> str:
+    """An argparse type: a path; the empty one of an unset shell variable is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def flag(name: str) -> str:
     """An option's long flag."""
     return "--" + name.replace("_", "-")

@@ -17,18 +17,22 @@ A checkpoint of this trainer is a dict with
     options      {option: value}, every option that the run resolved
 """
 
+import math
 import os
+import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
-from utils.errors import BadInput
+from utils.errors import BadInput, RunFailed
 from utils.files import write_atomically
+from utils.logger import CURVES, LOG
 
 FORMAT = 1
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-RUN_FILES = (LAST, BEST, "log.txt", "log.png", "command.txt")
+RESULTS = (LAST, BEST, LOG, CURVES)  # what makes a folder hold a run
 KEYS = {
     "epoch": int,
     "step": int,
@@ -50,10 +54,14 @@ def save(checkpoint: dict, folder: Path, is_best: bool) -> None:
     """Write ``checkpoint.pth.tar``, and before it ``model_best.pth.tar`` where the checkpoint counts on it.
 
     Raises:
-        OSError: nothing of the old files is lost.
+        RunFailed: a file can't be written; those that were there stand.
     """
     for name in (BEST, LAST) if is_best else (LAST,):
-        write_atomically(folder / name, lambda file: torch.save({"format": FORMAT, **checkpoint}, file))
+        try:
+            write_atomically(folder / name, lambda file: torch.save({"format": FORMAT, **checkpoint}, file))
+        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+            reason = str(error).splitlines()[0]
+            raise RunFailed(f"can't write {folder / name}: {reason}; the files that were there stand") from error
 
 
 def find(path: str) -> Path:
@@ -63,7 +71,7 @@ def find(path: str) -> Path:
         BadInput: there is none.
     """
     file = Path(path, LAST) if os.path.isdir(path) else Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise BadInput(f"--resume: there is no checkpoint {file}")
     return file
 
@@ -81,6 +89,11 @@ def load(file: Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles in other protocols, which are refused below
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(file):  # torch doesn't look at the checksums that it writes
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
     except OSError as error:
         raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises nearly every type there is
@@ -93,6 +106,7 @@ def load(file: Path) -> dict:
         if checkpoint["format"] != FORMAT:
             raise BadInput(f"--resume: {file} has format {checkpoint['format']}; this version reads format {FORMAT}")
         wrong = [key for key, kind in KEYS.items() if not isinstance(checkpoint.get(key), kind)]
+        wrong += [] if wrong else _out_of_bounds(checkpoint)
         if wrong:
             raise BadInput(f"--resume: {file} is damaged: it has no usable {wrong[0]!r}; give another file")
     else:
@@ -102,6 +116,20 @@ def load(file: Path) -> dict:
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadInput(f"--resume: {file} holds no weights: give another file")
     return checkpoint | {"state_dict": state}
+
+
+def _out_of_bounds(checkpoint: dict) -> list[str]:
+    """Keys of the right type whose values can't be."""
+    sums = checkpoint["sums"]
+    usable = {
+        "epoch": checkpoint["epoch"] >= 0,
+        "step": checkpoint["step"] >= 0,
+        "best_acc": math.isfinite(checkpoint["best_acc"]),
+        "sums": len(sums) in (0, 4) and all(isinstance(value, float) for value in sums),
+        "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
+        "options": checkpoint["options"].get("arch") == checkpoint["arch"],
+    }
+    return [key for key, is_usable in usable.items() if not is_usable]
 
 
 def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:
@@ -119,11 +147,20 @@ def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:
             f"--resume: {file} has no weights for the gates ({missing[0]}, ...); "
             "--excitation none evaluates weights that were trained without them"
         )
-    for names, what in ((missing, "lacks"), (surplus, "has, and the network lacks,"), (unfit, "has in another shape")):
+    for names, what in ((missing, "lacks"), (surplus, "has, and the network lacks,")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise BadInput(f"--resume: {file} doesn't fit the architecture: it {what} {names[0]}{more}; see -a")
-    model.load_state_dict(state)
+    if unfit:
+        shapes = f"{list(state[unfit[0]].shape)}, and the network {list(own[unfit[0]].shape)}"
+        raise BadInput(
+            f"--resume: {file} has {unfit[0]} as {shapes}: "
+            "give the architecture and as many classes as it was trained with"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # tensors that hold no numbers, of a layout or on a device of their own
+        raise BadInput(f"--resume: {file} is damaged: its weights can't be copied; give another file") from error
 
 
 def load_state(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, saved: dict, file: Path) -> None:
@@ -133,7 +170,12 @@ def load_state(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, s
         BadInput: they don't fit the run.
     """
     try:
-        optimizer.load_state_dict(saved["optimizer"])
+        # The rates are the command's; only the state is the checkpoint's.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
+        for parameter, state in optimizer.state.items():
+            if state.keys() != {"momentum_buffer"} or state["momentum_buffer"].shape != parameter.shape:
+                raise ValueError("a state of another parameter")
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["cpu"])
@@ -161,31 +203,45 @@ def check_run_folder(folder: Path, resumed: Path | None, overwrite: bool) -> Non
     if overwrite:
         pass
     elif resumed is not None and resumed.parent.resolve() == folder.resolve():
-        if resumed.name != LAST and (folder / LAST).exists():
+        if resumed.name != LAST and os.path.exists(folder / LAST):
             raise BadInput(
                 f"--resume: going on from {resumed} would replace the later {LAST} beside it: "
                 "write elsewhere with -c DIR, or replace it with --overwrite"
             )
-    elif any((folder / name).exists() for name in RUN_FILES):
+    elif any(os.path.exists(folder / name) for name in RESULTS):
         raise BadInput(
             f"--checkpoint: {folder} already holds a run: go on with it by --resume {folder}, replace it "
             "by --overwrite, or write elsewhere with -c DIR"
         )
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise BadInput(f"--checkpoint: can't write to {folder}: {existing} is no folder that you can write to")
 
 
-def open_run_folder(folder: Path, resumed: Path | None) -> None:
-    """Make the folder; a run that starts anew clears what an earlier one left (see :func:`check_run_folder`).
+def open_run_folder(folder: Path) -> None:
+    """Make the folder, and clear the temporary files of a process that was killed in it.
 
     Raises:
         BadInput: it can't be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if resumed is None:
-            for name in RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
+        for name in RESULTS:
+            for leftover in folder.glob(f".{name}.*"):
+                leftover.unlink()
     except OSError as error:
         raise BadInput(f"--checkpoint: can't write to {folder}: {error.strerror}") from error
+
+
+def clear_results(folder: Path, resumed: Path | None) -> None:
+    """Make way for the first results of a run that starts in this folder; one that branches off brings its best along.
+
+    Args:
+        resumed: the checkpoint in another folder that the run goes on from, if any.
+    """
+    for name in RESULTS:
+        (folder / name).unlink(missing_ok=True)
+    if resumed is not None:
+        best = resumed.with_name(BEST) if resumed.name == LAST else resumed
+        if best.exists():
+            shutil.copyfile(best, folder / BEST)

@@ -1,7 +1,10 @@
 """Image folders to batches of uint8 pixels, by random numbers that depend on (seed, epoch, index) alone."""
 
+import functools
 import hashlib
 import math
+import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as F
 
 from utils.errors import BadInput, RunFailed
@@ -39,23 +42,15 @@ class ImageFolder(Dataset):
     def __init__(self, folder: str | Path, size: int, seed: int | None = None):
         self.size, self.seed = size, seed
         folder = Path(folder)
-        try:
-            self.classes = sorted(
-                entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-            )
-        except OSError as error:
-            raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
+        self.classes = [entry.name for entry in _list(folder) if entry.is_dir()]
         if not self.classes:
             raise BadInput(f"--data: {folder} has no class folders; images belong in {folder}/CLASS/")
-        self.images = make_dataset(
-            str(folder),
-            {name: index for index, name in enumerate(self.classes)},
-            is_valid_file=_is_image,
-            allow_empty=True,
-        )
-        empty = set(range(len(self.classes))) - {target for _, target in self.images}
-        if empty:
-            raise BadInput(f"--data: the class folder {folder / self.classes[min(empty)]} has no images")
+        self.images = []
+        for target, name in enumerate(self.classes):
+            files = [e.path for e in _list(folder / name) if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+            if not files:
+                raise BadInput(f"--data: the class folder {folder / name} has no images")
+            self.images += [(file, target) for file in files]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,8 +83,13 @@ class BadImage:
         self.message = f"can't decode the image {path} ({type(error).__name__}: {error})"
 
 
-def _is_image(path: str) -> bool:
-    return has_file_allowed_extension(path, IMG_EXTENSIONS) and not Path(path).name.startswith(".")
+def _list(folder: Path) -> list[os.DirEntry]:
+    """What is in the folder and not hidden, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -202,9 +202,19 @@ def good_batches(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch
 
 
+def end_workers() -> None:
+    """Kill what is left of the workers: at its exit Python ends them by a signal that they ignore, and would wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler would take it for an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def normalize(images: Tensor, like: Tensor) -> Tensor:
     """uint8 pixels (N, 3, H, W), normalized by ImageNet's mean and deviation, with ``like``'s device and type."""
-    mean, std = (
-        255 * torch.tensor(value, dtype=like.dtype, device=like.device)[:, None, None] for value in (MEAN, STD)
-    )
+    mean, std = _mean_and_std(like.dtype, like.device)
     return images.to(like.device, like.dtype, non_blocking=True).sub_(mean).div_(std)
+
+
+@functools.cache  # a copy to a GPU waits for all that it has yet to do
+def _mean_and_std(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(255 * torch.tensor(value, dtype=dtype, device=device)[:, None, None] for value in (MEAN, STD))

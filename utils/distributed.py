@@ -21,7 +21,7 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
         ids = [-1]
     if min(ids) < 0 or len(set(ids)) < len(ids):
         raise BadInput(f"--gpu-id {gpu_id}: give each GPU's number once, separated by commas, such as 0,1")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise BadInput("torchrun: this script runs as one process; name the GPUs of one machine by --gpu-id 0,1,2,3")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:

@@ -33,7 +33,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise
 
 
-def append_text(path: Path, text: str) -> None:
+def append_text(path: Path, text: str, anew: bool = False) -> None:
     """Add to a small text file, or begin it, atomically."""
-    old = path.read_bytes() if path.exists() else b""
+    old = b"" if anew or not path.exists() else path.read_bytes()
     write_atomically(path, lambda file: file.write(old + text.encode(errors="surrogateescape")))

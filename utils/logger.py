@@ -30,16 +30,17 @@ def read_log(file: Path) -> list[dict[str, float]]:
     """
     try:
         header, *lines = file.read_text().splitlines()
-        columns = header.split("\t")
-        return [dict(zip(columns, map(float, line.split("\t")), strict=True)) for line in lines]
+        if tuple(header.split("\t")) != COLUMNS:
+            raise ValueError("other columns")
+        return [dict(zip(COLUMNS, map(float, line.split("\t")), strict=True)) for line in lines]
     except OSError as error:
-        raise BadInput(f"can't read {file}: {error.strerror}") from error
+        raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
     except ValueError as error:
-        raise BadInput(f"{file} is damaged or no log: mend it, or move it away") from error
+        raise BadInput(f"--resume: {file} is damaged or no log: mend it, or move it away") from error
 
 
 class Logger:
-    """The log of a run in ``folder``, with the curves redrawn on each row.
+    """The log of a run in ``folder``.
 
     Args:
         folder: the run's.
@@ -51,8 +52,13 @@ class Logger:
         self.folder, self.title, self.rows = folder, title, rows or []
 
     def append(self, *values: float) -> None:
-        """Add an epoch's row, values in the order of COLUMNS, and write both files."""
+        """Add an epoch's row, values in the order of COLUMNS."""
         self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+
+    def write(self) -> None:
+        """Write the log, and its curves where there are any."""
+        if not self.rows:
+            return
         lines = ["\t".join(COLUMNS)]
         lines += ["\t".join(f"{row[name]:.6g}" for name in COLUMNS) for row in self.rows]
         write_atomically(self.folder / LOG, lambda file: file.write(("\n".join(lines) + "\n").encode()))

@@ -11,7 +11,6 @@ from torchvision.transforms import v2
 
 from tests.helpers import draw_folder
 from utils.data import MEAN, STD, EpochSampler, ImageFolder, center_crop, loader, normalize, random_resized_crop
-from utils.errors import BadInput, RunFailed
 
 CPU = torch.device("cpu")
 
@@ -22,6 +21,9 @@ def test_listing_leaves_out_what_is_hidden(images, tmp_path):
     (folder / "ring" / "._0.jpg").write_bytes(b"resource fork")
     (folder / "ring" / "notes.txt").write_text("none")
     (folder / "list.txt").write_text("none")
+    (folder / "ring" / ".cache").mkdir()
+    (folder / "ring" / "more").symlink_to(folder / "star")
+    (folder / "ring" / "more.jpg").mkdir()
     dataset = ImageFolder(folder, 32)
     assert dataset.classes == ["ring", "star"]
     assert len(dataset) == 5
@@ -127,8 +129,3 @@ def test_digest_is_of_the_list_and_not_of_the_place(images, tmp_path):
     assert one.digest() == other.digest()
     (copy / "train" / "ring" / "0.jpg").unlink()
     assert ImageFolder(copy / "train", 32).digest() != one.digest()
-
-
-def test_errors():
-    assert issubclass(BadInput, ValueError)
-    assert issubclass(RunFailed, RuntimeError)

@@ -11,12 +11,15 @@ def test_rows_go_and_come_back(tmp_path):
     logger = Logger(tmp_path, "title")
     logger.append(0.1, 2.3025851, 2.2, 10.5, 11.25, 50, 60, 1)
     logger.append(1e-05, 2.1, 2.0, 20, 21, 70, 80, 2)
+    logger.write()
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert lines[0] == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\tTrain Acc.5\tValid Acc.5\tEpoch"
     assert lines[1] == "0.1\t2.30259\t2.2\t10.5\t11.25\t50\t60\t1"
     rows = read_log(tmp_path / "log.txt")
     assert [row["Learning Rate"] for row in rows] == [0.1, 1e-05]
-    Logger(tmp_path, "title", rows).append(1e-06, 2, 2, 20, 21, 70, 80, 3)
+    again = Logger(tmp_path, "title", rows)
+    again.append(1e-06, 2, 2, 20, 21, 70, 80, 3)
+    again.write()
     assert (tmp_path / "log.txt").read_text().splitlines()[:3] == lines
     with Image.open(tmp_path / "log.png") as picture:
         assert picture.size[0] > 800
