@@ -70,7 +70,7 @@ def main() -> int:
         print("imagenet.py: a process that loads images died; out of memory? Lower --workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nimagenet.py: interrupted before there was anything to save", file=sys.stderr)
+        print("\nimagenet.py: interrupted; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
     finally:
         end_workers()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and weights that fit or are refused."""
+"""Weights that fit or are refused, and folders that can be written or not."""
 
 import os
 
@@ -8,33 +8,6 @@ from torch import nn
 
 from utils.checkpoint import check_run_folder, load, load_weights
 from utils.errors import BadInput
-from utils.files import append_text, write_atomically
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "file"
-    write_atomically(file, lambda stream: stream.write(b"old"))
-
-    def fail(stream):
-        stream.write(b"half of the n")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(file, fail)
-    assert file.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_files_have_the_usual_permissions(tmp_path):
-    (tmp_path / "usual").write_text("")
-    write_atomically(tmp_path / "ours", lambda stream: stream.write(b""))
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-def test_append(tmp_path):
-    append_text(tmp_path / "file", "one\n")
-    append_text(tmp_path / "file", "two\n")
-    assert (tmp_path / "file").read_text() == "one\ntwo\n"
 
 
 def test_prefixes_and_bare_weights(tmp_path):
