@@ -26,7 +26,7 @@ from utils.data import EpochSampler, ImageFolder, check_same_classes, end_worker
 from utils.demo import draw_demo
 from utils.distributed import choose_devices, describe
 from utils.errors import BadInput, RunFailed
-from utils.files import append_text
+from utils.files import append_text, write_atomically
 from utils.logger import CURVES, LOG, Logger, read_log
 from utils.meters import Progress
 from utils.signals import Stop
@@ -45,7 +45,7 @@ DEMO = {
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
-ONCE = ("checkpoint", "demo", "evaluate", "overwrite", "resume", "start_epoch")
+ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch")
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def main() -> int:
 def run(argv: list[str]) -> int:
     """One command, from its arguments to its last line; returns the exit status."""
     args, saved, file = parse(argv)
-    training = not args.evaluate
+    training = not args.evaluate and args.export is None
     folder = Path(args.checkpoint)
     if training and saved and saved["epoch"] >= args.epochs:
         print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
@@ -90,6 +90,9 @@ def run(argv: list[str]) -> int:
     if args.compile and len(devices) > 1:
         raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
     torch.backends.cudnn.benchmark = True
+
+    if args.export is not None:
+        return export(args, saved, file)
 
     # Data
     if args.demo and not os.path.exists(args.data):
@@ -137,7 +140,7 @@ def run(argv: list[str]) -> int:
     network = data_parallel(model, devices)
     if args.compile:
         model.compile()
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
     train_batches = loader(train_set, args.train_batch, args.workers, devices[0], sampler)
     print(f"Data: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes")
@@ -289,6 +292,27 @@ def evaluate(
     return Scores(sums.tolist())
 
 
+def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
+    """Write the folded weights as a plain state_dict, and say how to load it."""
+    if os.path.exists(args.export) and not args.overwrite:
+        raise BadInput(f"--export: {args.export} exists; replace it by --overwrite, or name another file")
+    model = create_model(args, len(saved["classes"]), pretrained=False)
+    checkpoints.load_weights(model, saved["state_dict"], file)
+    state = fold(model).state_dict()
+    try:
+        write_atomically(args.export, lambda stream: torch.save(state, stream))
+    except OSError as error:
+        raise BadInput(f"--export: can't write {args.export}: {error.strerror}") from error
+    sizes = args.cardinality, args.base_width, args.image_size
+    print(f"{args.export}: the plain weights of {file}, which load without this project:")
+    print("  import torch, torchvision")
+    print(f"  model = {models.plain_twin(args.arch, len(saved['classes']), *sizes)}")
+    if args.arch == "l_resnet50":
+        print(f"  # or: model = timm.create_model('resnet50_gn', num_classes={len(saved['classes'])})")
+    print(f"  model.load_state_dict(torch.load({args.export!r}, weights_only=True))")
+    return 0
+
+
 def data_parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     """The model over several GPUs, or as it is."""
     return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
@@ -364,7 +388,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
         file = checkpoints.find(args.resume)
         saved = checkpoints.load(file)
         if "options" not in saved and not args.evaluate:
-            raise BadInput(f"--resume: {file} is of another trainer: it can be evaluated with -e, not trained on")
+            raise BadInput(f"--resume: {file} is of another trainer: with -e it can be evaluated, and nothing else")
         if args.start_epoch is not None:
             raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
         if args.pretrained:
@@ -405,6 +429,8 @@ def check(args: argparse.Namespace, resumed: bool) -> None:
         raise BadInput("--evaluate: there are no weights; give --resume FILE or --pretrained")
     if args.evaluate and args.excitation is not None and not resumed:
         raise BadInput("--excitation: it would only destroy the pretrained weights; leave it out, or train with it")
+    if args.export is not None and (not resumed or args.evaluate):
+        raise BadInput("--export: it needs --resume RUN, and goes without --evaluate")
     if args.start_epoch >= args.epochs:
         raise BadInput(f"--start-epoch {args.start_epoch}: nothing is left of --epochs {args.epochs}")
     try:
@@ -488,6 +514,7 @@ def build_parser() -> Parser:
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--resume", type=path, metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
+    add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
 
     add = parser.add_argument_group("devices").add_argument
     add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")

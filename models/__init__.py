@@ -120,6 +120,23 @@ def _with_classes(classifier: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Lin
     return nn.Linear(classifier.in_features, num_classes)
 
 
+def plain_twin(arch: str, num_classes: int, cardinality: int, base_width: int, image_size: int) -> str:
+    """The Python expression of torchvision's network into which the folded weights of ``arch`` load strictly."""
+    options = f"num_classes={num_classes}"
+    if arch.startswith("l_resnext"):
+        options += f", groups={cardinality}, width_per_group={base_width}"
+    if arch in EXCITED:
+        arch = arch.removeprefix("l_").replace("resnext", "resnet")
+        options += ", norm_layer=lambda channels: torch.nn.GroupNorm(32, channels)"
+    elif arch in ("googlenet", "inception_v3"):
+        options += ", aux_logits=False, transform_input=True, init_weights=False"
+    elif arch.startswith("vit_"):
+        options += f", image_size={image_size}"
+    elif arch.startswith("maxvit"):
+        options += f", input_size=({image_size}, {image_size})"
+    return f"torchvision.models.{arch}({options})"
+
+
 def pretrained_classes(arch: str) -> int:
     """How many classes torchvision's default weights of the architecture know."""
     return len(torchvision.models.get_model_weights(arch).DEFAULT.meta["categories"])

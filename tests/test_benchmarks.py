@@ -29,7 +29,7 @@ def test_excitation(monkeypatch, capsys):
     monkeypatch.setattr(excitation, "TRAINING", ((1, 2),))
     excitation.main()
     rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [len(row) for row in rows] == [6] * 4
+    assert [len(row) for row in rows] == [7] * 4
     assert rows[2][0] == "training, micro-batch 1, iteration size 2"
     assert all(float(figure) > 0 for row in rows[2:] for figure in row[1:])
     assert excitation.fused.excite_weight.__module__ == "models.fused"

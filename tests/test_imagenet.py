@@ -14,12 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torchvision
 from PIL import Image
 
 import imagenet
-from tests.helpers import SMALL, TINY, draw_folder, start
+import models
+from tests.helpers import SIZES, SMALL, TINY, draw_folder, start
 from utils.logger import COLUMNS, read_log
 from utils.signals import Stop
 
@@ -409,6 +411,72 @@ def test_the_rate_is_a_function_of_the_epoch(epochs, schedule):
         assert imagenet.learning_rate(0.1, 0.1, schedule, epoch) == pytest.approx(0.1 ** (1 + drops))
     rates = [imagenet.learning_rate(0.4, 0.5, schedule, epoch) for epoch in range(epochs)]
     assert all(after <= before for before, after in pairwise(rates))
+
+
+@pytest.fixture
+def pretrained(tmp_path, monkeypatch):
+    """Random weights of resnet18 where torch.hub keeps what it has downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    file = tmp_path / "home" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    return file
+
+
+def test_training_from_pretrained_weights(command, images, tmp_path, pretrained):
+    words = ["-a", "resnet18", "--pretrained", *SIZES, "-d", images, "-c", tmp_path / "run", "--lr", 0]
+    assert command(*words, "--epochs", 1).status == 0
+    ours, theirs = checkpoint(tmp_path / "run")["state_dict"], torch.load(pretrained)
+    assert torch.equal(ours["layer4.0.conv1.weight"], theirs["layer4.0.conv1.weight"])
+    assert ours["fc.weight"].shape == (2, 512)
+    pretrained.unlink()  # a resumed run doesn't need them
+    assert command("--resume", tmp_path / "run", "--epochs", 2).status == 0
+
+
+def test_damaged_pretrained_weights(command, images, tmp_path, pretrained):
+    pretrained.write_bytes(pretrained.read_bytes()[:1000])
+    result = command("-a", "resnet18", "--pretrained", *SIZES, "-d", images, "-c", tmp_path / "run")
+    assert result.status == 1
+    assert result.err.startswith("imagenet.py: --pretrained: ")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-a", "l_resnet50", "--formulation", "paper"],
+        ["-a", "l_resnext50", "--cardinality", "8", "--base-width", "4"],
+        ["-a", "resnet18", "--excitation", "we", "--formulation", "paper"],
+        ["-a", "inception_v3", "--excitation", "lwe", "--image-size", "96"],
+    ],
+)
+def test_exported_weights_load_elsewhere_with_the_same_logits(command, images, tmp_path, words):
+    run, file = tmp_path / "run", tmp_path / "plain.pth"
+    assert command(*SIZES, "-d", images, "-c", run, "--epochs", 1, "--lr", 0.001, *words).status == 0
+    result = command("--resume", run, "--export", file)
+    assert result.status == 0
+    lines = [line.strip() for line in result.out.splitlines()]
+    printed = "\n".join(line for line in lines if line.startswith(("import", "model")))
+    scope = {}
+    exec(printed, scope)  # what the command tells to do
+    saved = checkpoint(run)
+    names = ("excitation", "formulation", "standardize", "cardinality", "base_width", "image_size")
+    ours = models.create(saved["arch"], num_classes=2, **{name: saved["options"][name] for name in names})
+    ours.load_state_dict(saved["state_dict"])
+    x = torch.randn(2, 3, saved["options"]["image_size"], saved["options"]["image_size"])
+    with torch.no_grad():
+        expected = ours.eval()(x)
+        torch.testing.assert_close(scope["model"].eval()(x), expected, rtol=1e-4, atol=1e-4)
+        if saved["arch"] == "l_resnet50":
+            other = timm.create_model("resnet50_gn", num_classes=2).eval()
+            other.load_state_dict(torch.load(file, weights_only=True))
+            torch.testing.assert_close(other(x), expected, rtol=1e-4, atol=1e-4)
+    before = file.read_bytes()
+    assert_refused(command("--resume", run, "--export", file), "--export", file)
+    assert file.read_bytes() == before
+    assert command("--resume", run, "--export", file, "--overwrite").status == 0
+    assert_refused(command("--resume", run, "--export", tmp_path / "no" / "folder"), "--export")
+    assert_refused(command("--resume", run, "--export", file, "-e"), "--export")
 
 
 # --- the demo
