@@ -245,12 +245,9 @@ def train(
         sums = torch.zeros(4, dtype=torch.float64, device=like.device)
         with excited_once(network):
             for images, targets in islice(micro_batches, iter_size):
-                targets = targets.to(like.device, non_blocking=True)
-                with autocast:
-                    logits = network(normalize(images, like))
-                    loss = F.cross_entropy(logits, targets)
+                loss, batch = forward(network, images, targets, like, autocast)
                 scaler.scale(loss / iter_size).backward()
-                sums += batch_sums(logits, targets, loss)
+                sums += batch
         step_sums = sums.tolist()  # the one read from the device in an optimizer step
         if not math.isfinite(step_sums[0]) and not scaler.is_enabled():
             lr = optimizer.param_groups[0]["lr"]
@@ -282,14 +279,22 @@ def evaluate(
     like = next(network.parameters())
     sums = torch.zeros(4, dtype=torch.float64, device=like.device)
     for images, targets in Progress("Validate", len(batches), batches.batch_size).track(good_batches(batches)):
-        targets = targets.to(like.device, non_blocking=True)
-        with autocast:
-            logits = network(normalize(images, like))
-            loss = F.cross_entropy(logits, targets)
-        sums += batch_sums(logits, targets, loss)
+        _, batch = forward(network, images, targets, like, autocast)
+        sums += batch
         if stop:
             break
     return Scores(sums.tolist())
+
+
+def forward(
+    network: nn.Module, images: torch.Tensor, targets: torch.Tensor, like: torch.Tensor, autocast: torch.autocast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss of a batch of uint8 images, in nats, and what the batch adds to the scores."""
+    targets = targets.to(like.device, non_blocking=True)
+    with autocast:
+        logits = network(normalize(images, like))
+        loss = F.cross_entropy(logits, targets)
+    return loss, batch_sums(logits, targets, loss)
 
 
 def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
@@ -338,6 +343,8 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -
             flags += f" --cardinality {args.cardinality} --base-width {args.base_width}"
         raise BadInput(f"{flags}: {str(error).splitlines()[0]}") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if not pretrained:  # then nothing was read, and it is another failure
+            raise
         reason = str(error).splitlines()[0]
         raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
 
