@@ -125,7 +125,7 @@ def run(argv: list[str]) -> int:
         raise BadInput(f"--image-size {args.image_size}: {args.arch} refuses a batch of {batch}: {error}") from error
     if saved:
         checkpoints.load_weights(model, saved["state_dict"], file)
-    model.to(devices[0])
+    model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     amp_type = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(devices[0].type, amp_type, enabled=args.amp != "off")
     val_batches = loader(val_set, args.test_batch, args.workers, devices[0])
@@ -134,7 +134,7 @@ def run(argv: list[str]) -> int:
         print("BatchNorm divides out what a gate on whole output channels multiplies: --formulation paper suits it")
     print(f"Devices: {describe(devices)}; {args.workers} workers; amp {args.amp}")
     if args.evaluate:
-        scores = evaluate(model, devices, val_batches, autocast)
+        scores = evaluate(model, devices, val_batches, autocast, args.compile)
         print(f"{file or args.arch}: {scores} over {scores.images} images")
         return 0
     network = data_parallel(model, devices)
@@ -196,8 +196,10 @@ def run(argv: list[str]) -> int:
         scores = Scores(sums)
         label = f"Epoch {epoch + 1}/{args.epochs}"
         progress = Progress(label, sampler.steps * args.iter_size, args.train_batch, step * args.iter_size)
-        step += train(network, train_batches, optimizer, scaler, autocast, args.iter_size, scores, progress, stop)
-        valid = Scores() if stop else evaluate(model, devices, val_batches, autocast, stop)
+        step += train(
+            network, train_batches, optimizer, scaler, autocast, args.iter_size, args.compile, scores, progress, stop
+        )
+        valid = Scores() if stop else evaluate(model, devices, val_batches, autocast, args.compile, stop)
         if stop:
             sums = scores.sums
             save()
@@ -232,6 +234,7 @@ def train(
     scaler: torch.amp.GradScaler,
     autocast: torch.autocast,
     iter_size: int,
+    compiled: bool,
     scores: Scores,
     progress: Progress,
     stop: Stop,
@@ -243,7 +246,7 @@ def train(
     micro_batches = progress.track(good_batches(batches))
     for step in range(1, steps + 1):
         sums = torch.zeros(4, dtype=torch.float64, device=like.device)
-        with excited_once(network):
+        with excited_once(network, compiled):
             for images, targets in islice(micro_batches, iter_size):
                 loss, batch = forward(network, images, targets, like, autocast)
                 scaler.scale(loss / iter_size).backward()
@@ -272,10 +275,14 @@ def evaluate(
     devices: list[torch.device],
     batches: torch.utils.data.DataLoader,
     autocast: torch.autocast,
+    compiled: bool,
     stop: Stop | None = None,
 ) -> Scores:
     """Scores over every image, on folded weights: they are excited once and not for each batch."""
-    network = data_parallel(fold(model).eval(), devices)
+    folded = fold(model).eval()
+    if compiled:
+        folded.compile()
+    network = data_parallel(folded, devices)
     like = next(network.parameters())
     sums = torch.zeros(4, dtype=torch.float64, device=like.device)
     for images, targets in Progress("Validate", len(batches), batches.batch_size).track(good_batches(batches)):
@@ -526,7 +533,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("devices").add_argument
     add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision [%(default)s]")
-    add("--compile", **switch, default=False, help="compile the network by torch.compile [no]")
+    add("--channels-last", **switch, default=False, help="keep weights and activations with channels last [no]")
+    add("--compile", **switch, default=False, help="compile network and excitation by torch.compile, in minutes [no]")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -65,6 +66,7 @@ class Conv2d(nn.Conv2d):
         self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
         halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
         self.mapped = activation_map in halves
+        self.excites = self.standardize or excitation != "none"
         self.finished = False  # inside excited_once(), where ``weight`` is the excited one
         gates = [half for half in halves if half is not activation_map]
         self.gate = None
@@ -72,15 +74,22 @@ class Conv2d(nn.Conv2d):
             shape = self.in_channels, self.out_channels, self.groups
             self.gate = gates[0](*shape, self.weight.device, self.weight.dtype)
 
-    def excited_weight(self) -> Tensor:
-        """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
-        if self.finished:
+    def excited_weight(self, once: bool = False) -> Tensor:
+        """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32.
+
+        Args:
+            once: use the same memory as the last time, and overwrite the gradient in the backward pass.
+        """
+        if self.finished or not self.excites:
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             raw = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
             # A compiler fuses the plain form by itself, and can't see into the other.
-            excite_weight = excitation.excite_weight if torch.compiler.is_compiling() else fused.excite_weight
-            return excite_weight(raw, self.gate, self.standardize, self.mapped).to(self.weight.dtype)
+            if torch.compiler.is_compiling():
+                weight = excitation.excite_weight(raw, self.gate, self.standardize, self.mapped)
+            else:
+                weight = fused.excite_weight(raw, self.gate, self.standardize, self.mapped, once)
+            return weight.to(self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.excited_weight(), self.bias)
@@ -122,26 +131,38 @@ def fold(model: nn.Module) -> nn.Module:
 
     def plain(conv: Conv2d) -> nn.Conv2d:
         new = nn.utils.skip_init(nn.Conv2d, **_arguments(conv))
-        with torch.no_grad():
-            new.weight.copy_(conv.excited_weight())
+        new.weight = nn.Parameter(conv.excited_weight().detach().clone(), requires_grad=conv.weight.requires_grad)
         new.bias = conv.bias
         return new.train(conv.training)
 
     return _swap(copy.deepcopy(model), lambda child: isinstance(child, Conv2d), plain)
 
 
+def _excited_weights(convs: list[Conv2d]) -> list[Tensor]:
+    """The excited weight of each."""
+    return [conv.excited_weight(once=True) for conv in convs]
+
+
+@functools.cache
+def _compiled_excited_weights() -> Callable[[list[Conv2d]], list[Tensor]]:
+    return torch.compile(_excited_weights)
+
+
 @contextlib.contextmanager
-def excited_once(model: nn.Module) -> Iterator[None]:
+def excited_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     """Excite the weights once for all forward and backward passes inside the block: those of one optimizer step.
 
     Inside, each excited convolution's parameter ``weight`` is the finished weight, a leaf that gathers the gradient of
     every micro-batch; DataParallel copies it to its replicas like any other parameter. On leaving, the raw weight is
     back, and the gathered gradient flows through the excitation once, to the raw weights and the gates. After an
     exception the model is as it was before the block, and nothing flows.
+
+    Args:
+        compiled: excite by code of torch.compile's, which takes minutes to make and then half the time.
     """
-    convs = [module for module in model.modules() if isinstance(module, Conv2d)]
+    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excites]
     raw = [conv.weight for conv in convs]
-    excited = [conv.excited_weight() for conv in convs]
+    excited = (_compiled_excited_weights() if compiled else _excited_weights)(convs)
     finished = [nn.Parameter(weight.detach(), requires_grad=weight.requires_grad) for weight in excited]
     try:
         for conv, weight in zip(convs, finished, strict=True):

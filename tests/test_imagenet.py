@@ -377,7 +377,18 @@ def test_mixed_precision(command, images, tmp_path, amp):
 @pytest.mark.slow
 def test_compile(command, images, tmp_path):
     assert command(*TINY, "-d", images, "--epochs", 1, "--compile", "-c", tmp_path / "run").status == 0
-    assert command("-e", "--resume", tmp_path / "run").status == 0
+    assert command("-e", "--resume", tmp_path / "run", "--compile").status == 0
+
+
+def test_channels_last_is_the_same_training(command, images, tmp_path):
+    # The second of two epochs needs the momentum of the first, which the checkpoint has in the other layout.
+    assert command(*TINY, "-d", images, "--epochs", 1, "-c", tmp_path / "first").status == 0
+    losses = []
+    for layout in ("--no-channels-last", "--channels-last"):
+        run = tmp_path / layout
+        assert command("--resume", tmp_path / "first", "--epochs", 2, layout, "-c", run).status == 0
+        losses.append([row[name] for row in read_log(run / "log.txt") for name in ("Train Loss", "Valid Loss")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_evaluation_of_another_trainers_weights(command, images, tmp_path):

@@ -176,6 +176,8 @@ def load_state(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, s
         for parameter, state in optimizer.state.items():
             if state.keys() != {"momentum_buffer"} or state["momentum_buffer"].shape != parameter.shape:
                 raise ValueError("a state of another parameter")
+            # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
+            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["cpu"])
