@@ -25,11 +25,19 @@ def test_memory(one_network, monkeypatch, capsys):
 
 
 def test_excitation(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["excitation", "-a", "l_resnet18", "--image-size", "32", "--rounds", "1"])
-    monkeypatch.setattr(excitation, "TRAINING", ((1, 2),))
+    words = "excitation -a l_resnet18 --image-size 64 --micro-batch 2 --iter-size 2 --seconds 0"
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(excitation, "MIN_ROUNDS", 1)
+    names = [excitation.PLAIN, "`paper`, we", "`channel`, we, each forward"]
+    monkeypatch.setattr(excitation, "VARIANTS", {name: excitation.VARIANTS[name] for name in names})
     excitation.main()
-    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [len(row) for row in rows] == [7] * 4
-    assert rows[2][0] == "training, micro-batch 1, iteration size 2"
-    assert all(float(figure) > 0 for row in rows[2:] for figure in row[1:])
+    tables = capsys.readouterr().out.strip().split("\n\n")[2:]
+    times, alone, memory = [[cells(line) for line in table.splitlines()] for table in tables]
+    assert times[0] == ["network", "2 x 2", "evaluation, batch 4"]
+    assert [row[0] for row in times[2:]] == names
+    assert all(float(ratio) > 0 for row in times[3:] for ratio in row[1:])
+    assert [row[0] for row in alone[2:]] == ["`paper`, we", "reading and writing"]
+    assert float(alone[2][2]) > 1
+    assert [row[0] for row in memory[2:]] == names
+    assert all(int(row[1]) > 40 for row in memory[2:])  # the weights alone are 45 MiB
     assert excitation.fused.excite_weight.__module__ == "models.fused"
