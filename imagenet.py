@@ -9,6 +9,8 @@ import pickle
 import shlex
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -22,7 +24,7 @@ from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excite
 from utils import checkpoint as checkpoints
 from utils.accuracy import Scores, batch_sums
 from utils.arguments import Parser, as_words, flag, number, path
-from utils.data import EpochSampler, ImageFolder, check_same_classes, end_workers, good_batches, loader, normalize
+from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize
 from utils.demo import draw_demo
 from utils.distributed import choose_devices, describe
 from utils.errors import BadInput, RunFailed
@@ -101,19 +103,22 @@ def run(argv: list[str]) -> int:
             draw_demo(args.data)
         except OSError as error:
             raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
-    val_set = ImageFolder(Path(args.data, "val"), args.image_size)
+    start = time.monotonic()
+    val_set = ImageFolder(Path(args.data, VAL), args.image_size)
     classes = val_set.classes
     if saved and saved.get("classes", classes) != classes:
         raise BadInput(f"--data: the classes in {args.data} are not those that {file} was trained on")
     if training:
-        train_set = ImageFolder(Path(args.data, "train"), args.image_size, args.seed)
+        train_set = ImageFolder(Path(args.data, TRAIN), args.image_size, args.seed, args.skip_bad_images)
         check_same_classes(train_set, val_set)
-        sampler = EpochSampler(len(train_set), args.train_batch * args.iter_size, args.seed)
-        if sampler.steps == 0:
-            raise BadInput(
-                f"--train-batch {args.train_batch} x --iter-size {args.iter_size}: more than the {len(train_set)} "
-                "training images; lower one"
-            )
+    images = len(train_set) if training else 0
+    order = Order(images, len(val_set), args.train_batch, args.test_batch, args.iter_size, args.seed)
+    if training and order.steps == 0:
+        raise BadInput(
+            f"--train-batch {args.train_batch} x --iter-size {args.iter_size}: more than the {images} training images; "
+            "lower one"
+        )
+    listed = time.monotonic() - start
 
     # Network
     torch.manual_seed(args.seed)
@@ -128,31 +133,34 @@ def run(argv: list[str]) -> int:
     model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     amp_type = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(devices[0].type, amp_type, enabled=args.amp != "off")
-    val_batches = loader(val_set, args.test_batch, args.workers, devices[0])
     print(f"{args.arch}: {describe_excitation(model)}")
     if args.excitation in ("we", "mwe") and args.formulation == "channel" and models.has_batch_norm(model):
         print("BatchNorm divides out what a gate on whole output channels multiplies: --formulation paper suits it")
     print(f"Devices: {describe(devices)}; {args.workers} workers; amp {args.amp}")
     if args.evaluate:
-        scores = evaluate(model, devices, val_batches, autocast, args.compile)
-        print(f"{file or args.arch}: {scores} over {scores.images} images")
+        batches = load({VAL: val_set}, order.validation(), args.workers, devices[0], args.skip_bad_images)
+        progress = Progress("Validate", order.val_batches, args.test_batch)
+        scores = evaluate(model, devices, batches, autocast, args.compile, progress)
+        print(f"{file or args.arch}: {scores} over {scores.images} images{left_out(scores)}")
         return 0
     network = data_parallel(model, devices)
     if args.compile:
         model.compile()
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
-    train_batches = loader(train_set, args.train_batch, args.workers, devices[0], sampler)
-    print(f"Data: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes")
-    describe_steps(args, sampler)
+    print(
+        f"Data: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes; "
+        f"listed in {listed:.1f} s"
+    )
+    describe_steps(args, order)
 
     # Where to begin
     epoch, step, best_acc, acc, sums, rows = args.start_epoch, 0, -1.0, -1.0, [], []
-    images = train_set.digest()
+    digest = train_set.digest()
     if saved:
         epoch, step, best_acc, acc, sums = (saved[key] for key in ("epoch", "step", "best_acc", "acc", "sums"))
         if step > 0:
-            check_same_order(args, saved, file, images, sampler.steps)
+            check_same_order(args, saved, file, digest, order.steps)
         checkpoints.load_state(optimizer, scaler, saved, file)
         if os.path.exists(file.parent / LOG):
             rows = [row for row in read_log(file.parent / LOG) if row["Epoch"] <= epoch]
@@ -164,6 +172,8 @@ def run(argv: list[str]) -> int:
     append_text(folder / "command.txt", f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n", begins)
     logger = Logger(folder, f"{args.arch}, excitation {args.excitation} ({args.formulation})", rows)
     stop = Stop()
+    keys = order.run(epoch, step, args.epochs)
+    batches = load({TRAIN: train_set, VAL: val_set}, keys, args.workers, devices[0], args.skip_bad_images)
 
     def save(is_best: bool = False) -> None:
         nonlocal begins
@@ -182,7 +192,7 @@ def run(argv: list[str]) -> int:
             "best_acc": best_acc,
             "acc": acc,
             "sums": sums,
-            "images": images,
+            "images": digest,
             "rng": checkpoints.random_state(),
             "options": kept,
         }
@@ -192,18 +202,18 @@ def run(argv: list[str]) -> int:
         lr = learning_rate(args.lr, args.gamma, args.schedule, epoch)
         for group in optimizer.param_groups:
             group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-        sampler.epoch, sampler.first_step = epoch, step
         scores = Scores(sums)
         label = f"Epoch {epoch + 1}/{args.epochs}"
-        progress = Progress(label, sampler.steps * args.iter_size, args.train_batch, step * args.iter_size)
+        progress = Progress(label, order.steps * args.iter_size, args.train_batch, step * args.iter_size)
         step += train(
-            network, train_batches, optimizer, scaler, autocast, args.iter_size, args.compile, scores, progress, stop
+            network, batches, optimizer, scaler, autocast, args.iter_size, args.compile, scores, progress, stop
         )
-        valid = Scores() if stop else evaluate(model, devices, val_batches, autocast, args.compile, stop)
+        progress_val = Progress("Validate", order.val_batches, args.test_batch)
+        valid = Scores() if stop else evaluate(model, devices, batches, autocast, args.compile, progress_val, stop)
         if stop:
             sums = scores.sums
             save()
-            print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {sampler.steps} steps; go on with")
+            print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {order.steps} steps; go on with")
             print(f"  {command([f'--resume={args.checkpoint}'])}")
             return 128 + stop.number
         if not math.isfinite(valid.loss):
@@ -215,10 +225,11 @@ def run(argv: list[str]) -> int:
         is_best = acc > best_acc
         best_acc = max(acc, best_acc)
         epoch, step, sums = epoch + 1, 0, []
-        logger.append(lr, scores.loss, valid.loss, scores.top1, valid.top1, scores.top5, valid.top5, epoch)
+        bad_images = scores.bad_images + valid.bad_images
+        logger.append(lr, scores.loss, valid.loss, scores.top1, valid.top1, scores.top5, valid.top5, epoch, bad_images)
         save(is_best)
         took = timedelta(seconds=round(progress.seconds))
-        print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}  {took}")
+        print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}{left_out(valid)}  {took}")
 
     print(f"Best top-1 {best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
     if args.demo:
@@ -229,7 +240,7 @@ def run(argv: list[str]) -> int:
 
 def train(
     network: nn.Module,
-    batches: torch.utils.data.DataLoader,
+    batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     autocast: torch.autocast,
@@ -242,12 +253,15 @@ def train(
     """Train to the end of the epoch or to a signal, adding to ``scores``; returns the optimizer steps done."""
     network.train()
     like = next(network.parameters())
-    steps = len(batches) // iter_size
-    micro_batches = progress.track(good_batches(batches))
-    for step in range(1, steps + 1):
-        sums = torch.zeros(4, dtype=torch.float64, device=like.device)
+    left = progress.batches - progress.done
+    micro_batches = progress.track(islice(batches, left))
+    for step in range(1, left // iter_size + 1):
+        sums, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0
         with excited_once(network, compiled):
-            for images, targets in islice(micro_batches, iter_size):
+            for images, targets, bad in islice(micro_batches, iter_size):
+                if len(images) == 0:
+                    raise RunFailed("--skip-bad-images: not one of the training images can be decoded")
+                bad_images += len(bad)
                 loss, batch = forward(network, images, targets, like, autocast)
                 scaler.scale(loss / iter_size).backward()
                 sums += batch
@@ -261,21 +275,22 @@ def train(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        scores.add(step_sums)
+        scores.add([*step_sums, bad_images])
         progress.scores = str(scores)
         if stop:
             return step
     next(micro_batches, None)  # there is none; the last one is now counted as done
-    return steps
+    return left // iter_size
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     devices: list[torch.device],
-    batches: torch.utils.data.DataLoader,
+    batches: Iterator[Batch],
     autocast: torch.autocast,
     compiled: bool,
+    progress: Progress,
     stop: Stop | None = None,
 ) -> Scores:
     """Scores over every image, on folded weights: they are excited once and not for each batch."""
@@ -284,13 +299,18 @@ def evaluate(
         folded.compile()
     network = data_parallel(folded, devices)
     like = next(network.parameters())
-    sums = torch.zeros(4, dtype=torch.float64, device=like.device)
-    for images, targets in Progress("Validate", len(batches), batches.batch_size).track(good_batches(batches)):
-        _, batch = forward(network, images, targets, like, autocast)
-        sums += batch
+    sums, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0
+    for images, targets, bad in progress.track(islice(batches, progress.batches)):
+        bad_images += len(bad)
+        if len(images) > 0:
+            _, batch = forward(network, images, targets, like, autocast)
+            sums += batch
         if stop:
             break
-    return Scores(sums.tolist())
+    scores = Scores([*sums.tolist(), bad_images])
+    if scores.images == 0 and not stop:
+        raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
+    return scores
 
 
 def forward(
@@ -302,6 +322,12 @@ def forward(
         logits = network(normalize(images, like))
         loss = F.cross_entropy(logits, targets)
     return loss, batch_sums(logits, targets, loss)
+
+
+def left_out(valid: Scores) -> str:
+    """What a validation's line says when it could not be taken over all images."""
+    total = valid.images + valid.bad_images
+    return f" (over {valid.images:,} of {total:,} images; the others can't be decoded)" if valid.bad_images else ""
 
 
 def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
@@ -356,15 +382,15 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -
         raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
 
 
-def describe_steps(args: argparse.Namespace, sampler: EpochSampler) -> None:
+def describe_steps(args: argparse.Namespace, order: Order) -> None:
     """Say what an optimizer step and an epoch are, and whether the learning rate suits them."""
-    group = sampler.group
+    group = order.group
     print(
         f"Each optimizer step: {group} images (--train-batch {args.train_batch} x --iter-size {args.iter_size}); "
-        f"{sampler.steps} steps an epoch"
+        f"{order.steps} steps an epoch"
     )
-    if sampler.images % group:
-        print(f"The last {sampler.images % group} images of each shuffle make no whole step and wait for another epoch")
+    if order.train % group:
+        print(f"The last {order.train % group} images of each shuffle make no whole step and wait for another epoch")
     suggested = 0.1 * group / 256
     if args.lr > 2 * suggested:
         print(f"--lr {args.lr:g} is high for steps of {group} images; suggested: 0.1 x {group} / 256 = {suggested:.2g}")
@@ -473,6 +499,7 @@ def build_parser() -> Parser:
     add("-d", "--data", type=path, metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
     add("-j", "--workers", **natural, default=min(cores, 8), help="processes that load images, in all [%(default)s]")
     add("--image-size", **count, default=224, help="pixels, the side of the network's input [%(default)s]")
+    add("--skip-bad-images", **switch, default=False, help="go on without images that can't be decoded [no]")
     add("--demo", action="store_true", help=demo)
 
     add = parser.add_argument_group("network").add_argument

@@ -13,7 +13,6 @@ import functools
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,11 +24,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from benchmarks.measure import rounds, table
 from models import excitation, fused
 from models.layers import Conv2d, excited_once, fold
 
 EVALUATION = 4  # images of a batch
-MIN_ROUNDS = 3
 MIB = 2**20
 PLAIN, BATCH_NORM = "plain GroupNorm", "torchvision, BatchNorm"
 # Name: the keywords of models.create(), and whether the network is excited in each forward pass.
@@ -124,26 +123,11 @@ def read_and_write(weights: list[torch.Tensor], copies: list[torch.Tensor]) -> N
         copied.copy_(weight)
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    """Of one run."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(runs: dict[str, Callable[[], None]], first: str, args: argparse.Namespace) -> tuple[float, dict]:
     """The median time of ``first`` and, for each run, the median of the ratios of its times to ``first``'s."""
-    for run in runs.values():
-        run()  # warm up
-    rounds, end = [], time.monotonic() + args.seconds
-    while len(rounds) < MIN_ROUNDS or time.monotonic() < end:
-        rounds.append({name: seconds(run, args.device) for name, run in runs.items()})
-    ratios = {name: statistics.median(times[name] / times[first] for times in rounds) for name in runs}
-    return statistics.median(times[first] for times in rounds), ratios
+    times = rounds(runs, args.seconds)
+    ratios = {name: statistics.median(row[name] / row[first] for row in times) for name in runs}
+    return statistics.median(row[first] for row in times), ratios
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> float:
@@ -163,12 +147,6 @@ def resident(field: str) -> int:
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def table(rows: list[list[str]]) -> None:
-    """Print Markdown; the first row is the header."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows), end="\n\n", flush=True)
 
 
 def time_table(args: argparse.Namespace, names: list[str]) -> None:

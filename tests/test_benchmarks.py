@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import models
-from benchmarks import excitation, memory
+from benchmarks import excitation, measure, memory, pipeline
 
 
 def cells(line: str) -> list[str]:
@@ -27,7 +27,7 @@ def test_memory(one_network, monkeypatch, capsys):
 def test_excitation(monkeypatch, capsys):
     words = "excitation -a l_resnet18 --image-size 64 --micro-batch 2 --iter-size 2 --seconds 0"
     monkeypatch.setattr(sys, "argv", words.split())
-    monkeypatch.setattr(excitation, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
     names = [excitation.PLAIN, "`paper`, we", "`channel`, we, each forward"]
     monkeypatch.setattr(excitation, "VARIANTS", {name: excitation.VARIANTS[name] for name in names})
     excitation.main()
@@ -41,3 +41,20 @@ def test_excitation(monkeypatch, capsys):
     assert [row[0] for row in memory[2:]] == names
     assert all(int(row[1]) > 40 for row in memory[2:])  # the weights alone are 45 MiB
     assert excitation.fused.excite_weight.__module__ == "models.fused"
+
+
+def test_pipeline(monkeypatch, capsys):
+    words = "pipeline --workers 1 --seconds 0.5 -a l_resnet18 --train-batch 2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(pipeline, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(pipeline, "IMAGES", 32)
+    monkeypatch.setattr(pipeline, "LISTED", (3, 4))
+    pipeline.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("32 JPEGs of 500 x 375 pixels and 10")  # 100 to 109 KB
+    rows = [cells(line) for line in lines if line.startswith("|")]
+    assert [row[0] for row in rows if row[0].startswith("training")] == ["training, classic", "training, this"]
+    assert all(float(row[1]) > 0 for row in rows if row[0].startswith(("training", "validation", "1")))
+    assert rows[-3][0] == "12 files in 3 classes"
+    assert any("of it waiting" in line for line in lines)

@@ -21,6 +21,7 @@ from PIL import Image
 
 import imagenet
 import models
+from tests.formats import FORMATS
 from tests.helpers import SIZES, SMALL, TINY, draw_folder, start
 from utils.logger import COLUMNS, read_log
 from utils.signals import Stop
@@ -612,16 +613,71 @@ def test_bad_folders(command, tmp_path):
     assert command(*SMALL, "-d", data, "-c", run, "--epochs", 1).status == 0
 
 
+BAD_IMAGES = {"truncated": lambda data: data[:300], "empty": lambda data: b"", "text": lambda data: b"not an image"}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_damaged_image_is_named(command, images, tmp_path, workers, split):
+@pytest.mark.parametrize("kind", [*BAD_IMAGES, "folder"])
+def test_an_image_that_can_not_be_decoded_is_named(command, images, tmp_path, workers, split, kind):
     folder = shutil.copytree(images, tmp_path / "images")
     bad = folder / split / "ring" / "1.jpg"
-    bad.write_bytes(bad.read_bytes()[:300])
+    whole = bad.read_bytes()
+    bad.unlink()
+    if kind == "folder":
+        bad.mkdir()
+    else:
+        bad.write_bytes(BAD_IMAGES[kind](whole))
     result = command(*SMALL, "-d", folder, "-c", tmp_path / "run", "-j", workers, "--epochs", 3)
     assert result.status == 1
     assert result.err.count("\n") == 1
     assert str(bad) in result.err
+    assert "--skip-bad-images" in result.err
+
+
+def test_every_format_in_training_and_validation(command, tmp_path):
+    for split in ("train", "val"):
+        for name in ("ring", "star"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for file, data in FORMATS.items():
+                (tmp_path / split / name / file).write_bytes(data)
+    words = [*SMALL, "-d", tmp_path, "--train-batch", len(FORMATS), "--epochs", 1, "-c", tmp_path / "run"]
+    assert command(*words).status == 0
+    result = command("-e", "--resume", tmp_path / "run")
+    assert result.status == 0
+    assert f"over {2 * len(FORMATS)} images" in result.out
+
+
+def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after):
+    folder = shutil.copytree(images, tmp_path / "images")
+    bad = [folder / "train" / "ring" / "1.jpg", folder / "train" / "star" / "2.jpg", folder / "val" / "star" / "0.jpg"]
+    for path in bad:
+        path.write_bytes(b"damaged")
+    words = [*SMALL, "-d", folder, "--epochs", 2, "--skip-bad-images"]
+    result = command(*words, "-c", tmp_path / "one")
+    assert result.status == 0
+    assert [result.err.count(str(path)) for path in bad] == [1, 1, 1]
+    assert "over 6 of 7 images" in result.out
+    rows = read_log(tmp_path / "one" / "log.txt")
+    assert all(row["Bad Images"] >= 2 for row in rows)
+    # Whatever the number of workers, and in the middle of an epoch.
+    assert command(*words, "-c", tmp_path / "two", "-j", 2).status == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    stop_after(2)
+    assert command(*words, "-c", tmp_path / "three").status == 128 + signal.SIGTERM
+    assert command("--resume", tmp_path / "three").status == 0
+    assert_same_run(tmp_path / "one", tmp_path / "three")
+    assert "over 6 of 7 images" in command("-e", "--resume", tmp_path / "one").out
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_nothing_but_bad_images(command, images, tmp_path, split):
+    folder = shutil.copytree(images, tmp_path / "images")
+    for path in (folder / split).glob("*/*"):
+        path.write_bytes(b"damaged")
+    result = command(*SMALL, "-d", folder, "--epochs", 1, "--skip-bad-images", "-c", tmp_path / "run")
+    assert result.status == 1
+    assert "not one of the" in result.err.splitlines()[-1]
 
 
 def test_unwritable_run_folder(command, images, tmp_path):

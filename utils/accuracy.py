@@ -19,18 +19,27 @@ def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor) -> Tensor:
 
 
 class Scores:
-    """Running mean of loss (nats) and accuracies (percent) over images."""
+    """Running mean of loss (nats) and accuracies (percent) over images.
+
+    Args:
+        sums: those of :func:`batch_sums`, then the number of images that could not be decoded.
+    """
 
     def __init__(self, sums: list[float] | None = None):
-        self.sums = list(sums or (0.0, 0.0, 0.0, 0.0))
+        self.sums = list(sums or 5 * [0.0])
 
     def add(self, sums: list[float]) -> None:
-        """Add the sums of :func:`batch_sums`, read from the device."""
+        """Add as many sums of later batches."""
         self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
 
     @property
     def images(self) -> int:
         return int(self.sums[3])
+
+    @property
+    def bad_images(self) -> int:
+        """Images that could not be decoded."""
+        return int(self.sums[4])
 
     @property
     def loss(self) -> float:

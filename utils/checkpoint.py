@@ -125,7 +125,7 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "epoch": checkpoint["epoch"] >= 0,
         "step": checkpoint["step"] >= 0,
         "best_acc": math.isfinite(checkpoint["best_acc"]),
-        "sums": len(sums) in (0, 4) and all(isinstance(value, float) for value in sums),
+        "sums": len(sums) in (0, 5) and all(isinstance(value, float) for value in sums),
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
         "options": checkpoint["options"].get("arch") == checkpoint["arch"],
     }

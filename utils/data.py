@@ -1,5 +1,6 @@
 """Image folders to batches of uint8 pixels, by random numbers that depend on (seed, epoch, index) alone."""
 
+import bisect
 import functools
 import hashlib
 import math
@@ -7,89 +8,135 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as F
 
 from utils.errors import BadInput, RunFailed
+from utils.images import decode, random_resized_crop, resized_center_crop
 
 # ImageNet's, of pixels in 0..1
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-CROP_AREA = (0.08, 1.0)
-CROP_RATIO = (3 / 4, 4 / 3)
-VAL_RESIZE = 256 / 224  # of the crop that follows
+EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
+TRAIN, VAL = "train", "val"
+
+Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
+
+
+class Sample(NamedTuple):
+    """An image, (3, size, size), with its class, and why others before it could not be decoded."""
+
+    pixels: Tensor | None  # None: none could be
+    target: int
+    bad: list[str]
+
+
+class Batch(NamedTuple):
+    """Images, uint8 (N, 3, size, size), their classes, (N,), and why others could not be decoded."""
+
+    images: Tensor
+    targets: Tensor
+    bad: list[str]
 
 
 class ImageFolder(Dataset):
-    """``folder``/CLASS/* as (uint8 pixels (3, size, size), class index); hidden folders and files are no part of it.
+    """``folder``/CLASS/* as :class:`Sample`; hidden folders and files are no part of it.
 
-    An item's key is (epoch, index). With a seed the image is cropped and flipped at random, else resized and cropped at
-    its centre. An image that can't be decoded gives a :class:`BadImage` in place of the pair.
+    An item's key is (epoch, index). With a seed it is a training set: the image is cropped and flipped at random, and
+    with ``skip_bad`` the next of the epoch's shuffle replaces one that can't be decoded. Without a seed, the image is
+    resized and cropped at its centre.
 
     Raises:
         BadInput: the folder is missing, has no classes, or has a class without images.
     """
 
-    def __init__(self, folder: str | Path, size: int, seed: int | None = None):
-        self.size, self.seed = size, seed
-        folder = Path(folder)
-        self.classes = [entry.name for entry in _list(folder) if entry.is_dir()]
+    def __init__(self, folder: str | Path, size: int, seed: int | None = None, skip_bad: bool = False):
+        self.folder, self.size, self.seed, self.skip_bad = str(folder), size, seed, skip_bad
+        self.classes = _classes(self.folder)
         if not self.classes:
             raise BadInput(f"--data: {folder} has no class folders; images belong in {folder}/CLASS/")
-        self.images = []
-        for target, name in enumerate(self.classes):
-            files = [e.path for e in _list(folder / name) if e.name.lower().endswith(IMG_EXTENSIONS) and e.is_file()]
+        self.starts, names = [0], []  # of each class, the index of its first image
+        for name in self.classes:
+            files = _images(os.path.join(folder, name))
             if not files:
-                raise BadInput(f"--data: the class folder {folder / name} has no images")
-            self.images += [(file, target) for file in files]
+                raise BadInput(f"--data: the class folder {os.path.join(folder, name)} has no images")
+            names += files
+            self.starts.append(len(names))
+        # No list of strings: counting the references to a million of them, each worker would copy them all.
+        self.ends = torch.from_numpy(np.cumsum(list(map(len, names))))
+        self.names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.ends)
 
-    def __getitem__(self, key: tuple[int, int]) -> "tuple[Tensor, int] | BadImage":
+    def target(self, index: int) -> int:
+        """The class of an image."""
+        return bisect.bisect_right(self.starts, index) - 1
+
+    def path(self, index: int) -> str:
+        """The file of an image."""
+        start = self.ends[index - 1] if index > 0 else 0
+        name = os.fsdecode(self.names[start : self.ends[index]].numpy().tobytes())
+        return os.path.join(self.folder, self.classes[self.target(index)], name)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        path, target = self.images[index]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise nearly every type there is
-            return BadImage(path, error)
-        if self.seed is None:
-            image = center_crop(image, self.size)
-        else:
-            # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
-            image = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
-        return F.pil_to_tensor(image), target
+        bad = []
+        for candidate in self._candidates(epoch, index):
+            try:
+                image = decode(self.path(candidate))
+            except Exception as error:  # decoders raise nearly every type there is; raised on, it would lose the name
+                bad.append(f"can't decode the image {self.path(candidate)} ({type(error).__name__}: {error})")
+                continue
+            if self.seed is None:
+                pixels = resized_center_crop(image, self.size)
+            else:
+                # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
+                pixels = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
+            return Sample(pixels, self.target(candidate), bad)
+        return Sample(None, -1, bad)
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The image, and those that may replace it: all others, as they follow in the epoch's shuffle."""
+        yield index
+        if self.seed is not None and self.skip_bad:
+            order = shuffle(len(self), self.seed, epoch)
+            yield from np.roll(order, -np.flatnonzero(order == index)[0])[1:].tolist()
 
     def digest(self) -> str:
         """A fingerprint of the list of images, whatever folder it lies in."""
-        names = "\n".join("/".join(Path(path).parts[-2:]) for path, _ in self.images)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        digest = hashlib.sha256("/".join(self.classes).encode(errors="surrogateescape"))
+        for numbers in (np.array(self.starts), self.ends.numpy(), self.names.numpy()):
+            digest.update(numbers)
+        return digest.hexdigest()
 
 
-class BadImage:
-    """Stands in a batch for an image that can't be decoded: raised in a worker, its file's name would be lost."""
-
-    def __init__(self, path: str, error: Exception):
-        self.message = f"can't decode the image {path} ({type(error).__name__}: {error})"
-
-
-def _list(folder: Path) -> list[os.DirEntry]:
-    """What is in the folder and not hidden, by name."""
+def _classes(folder: str) -> list[str]:
+    """The folders in it that aren't hidden, in order."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except OSError as error:
         raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
+
+
+def _images(folder: str) -> list[bytes]:
+    """The names of the images in it that aren't hidden, in order; by their names alone, as there may be millions."""
+    try:
+        names = os.listdir(os.fsencode(folder))
+    except OSError as error:
+        raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
+    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(b"."))
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -110,96 +157,116 @@ def _some(names: list[str]) -> str:
     return f"the class {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def random_resized_crop(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
-    """A crop of random place, area and shape, resized to size x size and flipped at random.
-
-    The distribution is that of torchvision's RandomResizedCrop and RandomHorizontalFlip, drawn from ``rng``.
-    """
-    width, height = image.size
-    for _ in range(10):
-        area = width * height * rng.uniform(*CROP_AREA)
-        ratio = math.exp(rng.uniform(*map(math.log, CROP_RATIO)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-            break
-    else:  # a very long image: the largest centred crop of an allowed shape
-        w = min(width, round(height * CROP_RATIO[1]))
-        h = min(height, round(width / CROP_RATIO[0]))
-        left, top = (width - w) // 2, (height - h) // 2
-    image = F.resized_crop(image, top, left, h, w, [size, size])
-    return F.hflip(image) if rng.random() < 0.5 else image
+def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's images."""
+    return np.random.default_rng([seed, epoch]).permutation(images)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side to 256/224 of ``size``, then the centre."""
-    return F.center_crop(F.resize(image, round(size * VAL_RESIZE)), [size, size])
-
-
-class EpochSampler(Sampler):
-    """(epoch, index) of the whole groups in an epoch's shuffle, from optimizer step ``first_step`` on.
+@dataclass(frozen=True)
+class Order:
+    """The keys of a run's batches: for each epoch its micro-batches, then those of the validation.
 
     Args:
-        images: how many there are.
-        group: images of one optimizer step; what is left over waits for another epoch's shuffle.
+        train, val: how many images there are.
+        train_batch, test_batch: images of a batch.
+        iter_size: micro-batches of an optimizer step; images that make no whole step wait for another epoch's shuffle.
         seed: with the epoch it decides the shuffle.
     """
 
-    def __init__(self, images: int, group: int, seed: int):
-        self.images, self.group, self.seed = images, group, seed
-        self.epoch = self.first_step = 0
+    train: int
+    val: int
+    train_batch: int
+    test_batch: int
+    iter_size: int
+    seed: int
+
+    @property
+    def group(self) -> int:
+        """Images of an optimizer step."""
+        return self.train_batch * self.iter_size
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a whole epoch."""
-        return self.images // self.group
+        """Optimizer steps of an epoch."""
+        return self.train // self.group
 
-    def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.group
+    @property
+    def val_batches(self) -> int:
+        """Batches of a validation."""
+        return math.ceil(self.val / self.test_batch)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
-        for index in order[self.first_step * self.group : self.steps * self.group].tolist():
-            yield self.epoch, index
+    def run(self, epoch: int, step: int, epochs: int) -> Iterator[list[Key]]:
+        """Batches from the step of the epoch on: one stream, so that workers never wait at an epoch's end."""
+        for number in range(epoch, epochs):
+            yield from self.training(number, step if number == epoch else 0)
+            yield from self.validation()
+
+    def training(self, epoch: int, step: int = 0) -> Iterator[list[Key]]:
+        """Micro-batches from a step of the epoch on."""
+        order = shuffle(self.train, self.seed, epoch)
+        for start in range(step * self.group, self.steps * self.group, self.train_batch):
+            yield [(TRAIN, epoch, index) for index in order[start : start + self.train_batch].tolist()]
+
+    def validation(self) -> Iterator[list[Key]]:
+        """Every image once."""
+        for start in range(0, self.val, self.test_batch):
+            yield [(VAL, 0, index) for index in range(start, min(start + self.test_batch, self.val))]
 
 
-def loader(
-    dataset: ImageFolder, batch: int, workers: int, device: torch.device, sampler: Sampler | None = None
-) -> DataLoader:
-    """Batches of uint8 pixels (N, 3, size, size) and class indices (N,); without a sampler all images, in order."""
-    return DataLoader(
-        dataset,
-        batch_size=batch,
-        sampler=[(0, index) for index in range(len(dataset))] if sampler is None else sampler,
+class _Folders(Dataset):
+    """Both folders behind one kind of key, so that the same workers serve training and validation."""
+
+    def __init__(self, folders: dict[str, ImageFolder]):
+        self.folders = folders
+
+    def __getitem__(self, key: Key) -> Sample:
+        split, *rest = key
+        return self.folders[split][tuple(rest)]
+
+
+def load(
+    folders: dict[str, ImageFolder], keys: Iterable[list[Key]], workers: int, device: torch.device, skip_bad: bool
+) -> Iterator[Batch]:
+    """The batch of each list of keys; with ``skip_bad`` an image that can't be decoded is named once and left out.
+
+    Raises:
+        RunFailed: without it, names that image and says how to go on.
+    """
+    batches = DataLoader(
+        _Folders(folders),
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=_ignore_signals,
-        persistent_workers=workers > 0 and sampler is not None,
         generator=torch.Generator(),  # otherwise each pass draws a number from the global one
     )
+    named = set()
+    for batch in batches:
+        if batch.bad and not skip_bad:
+            raise RunFailed(
+                f"{batch.bad[0]}; mend it, or leave such images out by --skip-bad-images, and start again or --resume; "
+                "the last checkpoint, if there is one, stands"
+            )
+        for reason in sorted(set(batch.bad) - named):
+            print(f"\nLeft out: {reason}", file=sys.stderr)
+        named.update(batch.bad)
+        yield batch._replace(targets=torch.tensor(batch.targets))
 
 
-def _collate(samples: list) -> "list[Tensor] | BadImage":
-    return next((sample for sample in samples if isinstance(sample, BadImage)), None) or default_collate(samples)
+def _collate(samples: list[Sample]) -> Batch:
+    good = [sample for sample in samples if sample.pixels is not None]
+    # Stacked as they lie in memory, channels last. The classes stay a list: each tensor from a worker costs the main
+    # process a connection.
+    images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
+    targets = [sample.target for sample in good]
+    return Batch(images.permute(0, 3, 1, 2), targets, [reason for sample in samples for reason in sample.bad])
 
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the whole process group is the main process's to answer; workers end with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def good_batches(batches: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The loader's batches, up to the first image that can't be decoded.
-
-    Raises:
-        RunFailed: names that image.
-    """
-    for batch in batches:
-        if isinstance(batch, BadImage):
-            raise RunFailed(f"{batch.message}; mend or remove it, then start again")
-        yield batch
 
 
 def end_workers() -> None:
@@ -210,9 +277,16 @@ def end_workers() -> None:
 
 
 def normalize(images: Tensor, like: Tensor) -> Tensor:
-    """uint8 pixels (N, 3, H, W), normalized by ImageNet's mean and deviation, with ``like``'s device and type."""
+    """uint8 pixels (N, 3, H, W), normalized by ImageNet's mean and deviation.
+
+    Args:
+        like: has the device, the type and, where it has four dimensions, the memory format of the result.
+    """
+    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
     mean, std = _mean_and_std(like.dtype, like.device)
-    return images.to(like.device, like.dtype, non_blocking=True).sub_(mean).div_(std)
+    images = images.to(like.device, non_blocking=True).to(like.dtype, memory_format=layout)
+    return images.sub_(mean).div_(std)
 
 
 @functools.cache  # a copy to a GPU waits for all that it has yet to do

@@ -18,6 +18,7 @@ COLUMNS = (
     "Train Acc.5",
     "Valid Acc.5",
     "Epoch",
+    "Bad Images",
 )
 SPLITS = {"Train": "training", "Valid": "validation"}
 

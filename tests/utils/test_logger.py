@@ -9,16 +9,19 @@ from utils.logger import COLUMNS, Logger, draw_curves, read_log
 
 def test_rows_go_and_come_back(tmp_path):
     logger = Logger(tmp_path, "title")
-    logger.append(0.1, 2.3025851, 2.2, 10.5, 11.25, 50, 60, 1)
-    logger.append(1e-05, 2.1, 2.0, 20, 21, 70, 80, 2)
+    logger.append(0.1, 2.3025851, 2.2, 10.5, 11.25, 50, 60, 1, 0)
+    logger.append(1e-05, 2.1, 2.0, 20, 21, 70, 80, 2, 5)
     logger.write()
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert lines[0] == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\tTrain Acc.5\tValid Acc.5\tEpoch"
-    assert lines[1] == "0.1\t2.30259\t2.2\t10.5\t11.25\t50\t60\t1"
+    assert (
+        lines[0]
+        == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\tTrain Acc.5\tValid Acc.5\tEpoch\tBad Images"
+    )
+    assert lines[1] == "0.1\t2.30259\t2.2\t10.5\t11.25\t50\t60\t1\t0"
     rows = read_log(tmp_path / "log.txt")
     assert [row["Learning Rate"] for row in rows] == [0.1, 1e-05]
     again = Logger(tmp_path, "title", rows)
-    again.append(1e-06, 2, 2, 20, 21, 70, 80, 3)
+    again.append(1e-06, 2, 2, 20, 21, 70, 80, 3, 0)
     again.write()
     assert (tmp_path / "log.txt").read_text().splitlines()[:3] == lines
     with Image.open(tmp_path / "log.png") as picture:

@@ -1,0 +1,94 @@
+"""A file of any format to uint8 pixels of the network's size: decode, crop, resize, flip, all on uint8."""
+
+import math
+import os
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import center_crop, hflip, pil_to_tensor
+
+CROP_AREA = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+VAL_RESIZE = 256 / 224  # of the crop that follows
+LONGEST = 100  # times the shorter side, beyond which an image is cut before it is resized
+# By content and not by name. Pillow decodes everything else, and what these refuse: an animation, for example.
+# torchvision's decoder of PNG was seen to crash the process on damaged files.
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
+
+    DECODERS = {"JPEG": decode_jpeg, "MPO": decode_jpeg, "WEBP": decode_webp}
+except ImportError:  # torchvision 0.29 announces that a later release goes without
+    DECODERS = {}
+
+
+def decode(path: str) -> Tensor:
+    """The first frame of an image file as uint8 RGB pixels, (3, height, width).
+
+    Transparency is dropped, 16 bits are scaled to 8, and the orientation in EXIF is ignored, as the classic pipeline
+    ignores it.
+
+    Raises:
+        Exception: nearly any, when the file can't be read or decoded.
+    """
+    with Image.open(path) as image:  # reads no more than the header, and refuses sizes beyond reason
+        decoder = DECODERS.get(image.format)
+        if decoder is not None:
+            data = torch.from_numpy(np.fromfile(os.fsencode(path), dtype=np.uint8))
+            try:
+                return decoder(data, mode=ImageReadMode.RGB)
+            except RuntimeError:
+                pass
+        return pil_to_tensor(_rgb(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif "transparency" in image.info:  # convert() warns of dropping it
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def random_resized_crop(image: Tensor, size: int, rng: random.Random) -> Tensor:
+    """A crop of random place, area and shape, resized to size x size and flipped at random.
+
+    The distribution is that of torchvision's RandomResizedCrop and RandomHorizontalFlip, drawn from ``rng``.
+
+    Args:
+        image: uint8, (3, height, width).
+    """
+    height, width = image.shape[1:]
+    for _ in range(10):
+        area = width * height * rng.uniform(*CROP_AREA)
+        ratio = math.exp(rng.uniform(*map(math.log, CROP_RATIO)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            break
+    else:  # a very long image: the largest centred crop of an allowed shape
+        w = min(width, round(height * CROP_RATIO[1]))
+        h = min(height, round(width / CROP_RATIO[0]))
+        left, top = (width - w) // 2, (height - h) // 2
+    image = resize(image[:, top : top + h, left : left + w], size, size)
+    return hflip(image) if rng.random() < 0.5 else image
+
+
+def resized_center_crop(image: Tensor, size: int) -> Tensor:
+    """The shorter side to 256/224 of ``size``, then the centre, (3, size, size), of uint8 (3, height, width)."""
+    height, width = image.shape[1:]
+    shorter = min(height, width)
+    if max(height, width) > LONGEST * shorter:  # resized whole, a line of 60,000 pixels would fill the memory
+        height, width = min(height, LONGEST * shorter), min(width, LONGEST * shorter)
+        image = center_crop(image, [height, width])
+    scaled = round(size * VAL_RESIZE)
+    return center_crop(resize(image, scaled * height // shorter, scaled * width // shorter), [size, size])
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear and antialiased, as Pillow does it; channels last in memory, as decoders give them and as it is fast."""
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)[0]
