@@ -60,7 +60,8 @@ def main() -> int:
         print(f"imagenet.py: {error}", file=sys.stderr)
         return 2
     except (RunFailed, OSError) as error:
-        print(f"imagenet.py: {error}", file=sys.stderr)
+        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
+        print(f"imagenet.py: {str(error).splitlines()[-1]}", file=sys.stderr)
         return 1
     except (torch.OutOfMemoryError, MemoryError) as error:
         text = f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {error}"
@@ -258,10 +259,10 @@ def train(
     for step in range(1, left // iter_size + 1):
         sums, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0
         with excited_once(network, compiled):
-            for images, targets, bad in islice(micro_batches, iter_size):
-                if len(images) == 0:
-                    raise RunFailed("--skip-bad-images: not one of the training images can be decoded")
-                bad_images += len(bad)
+            for images, targets, bad, reasons in islice(micro_batches, iter_size):
+                if len(images) < progress.batch_images:
+                    raise RunFailed(f"{reasons[-1]}; nor can any of those before it in the epoch's order")
+                bad_images += bad
                 loss, batch = forward(network, images, targets, like, autocast)
                 scaler.scale(loss / iter_size).backward()
                 sums += batch
@@ -300,8 +301,8 @@ def evaluate(
     network = data_parallel(folded, devices)
     like = next(network.parameters())
     sums, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0
-    for images, targets, bad in progress.track(islice(batches, progress.batches)):
-        bad_images += len(bad)
+    for images, targets, bad, _ in progress.track(islice(batches, progress.batches)):
+        bad_images += bad
         if len(images) > 0:
             _, batch = forward(network, images, targets, like, autocast)
             sums += batch

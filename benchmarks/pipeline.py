@@ -94,7 +94,7 @@ def per_core(folder: Path, seconds: float) -> None:
 def whole_loader(folder: Path, workers: int, seconds: float) -> None:
     """The loader with 1 to N workers: images/s, and what the main process takes of a core."""
     train = ImageFolder(folder / TRAIN, SIZE, seed=0)
-    order = Order(IMAGES, 0, train_batch=64, test_batch=1, iter_size=1, seed=0)
+    order = Order(IMAGES, 0, train_batch=min(64, IMAGES), test_batch=1, iter_size=1, seed=0)
     rows = [["workers", "images/s", "over one worker", "main process, of a core"]]
     times, busy = [{count: [] for count in range(1, workers + 1)} for _ in range(2)]
     for _ in range(MIN_ROUNDS):
@@ -130,7 +130,7 @@ def waiting(folder: Path, arch: str, batch: int, workers: int) -> None:
     times = []
     for _ in range(12):
         start = time.perf_counter()
-        images, targets, _ = next(stream)
+        images, targets, *_ = next(stream)
         loaded = time.perf_counter()
         with excited_once(model):
             F.cross_entropy(model(normalize(images, like)), targets.to(device)).backward()
@@ -144,9 +144,9 @@ def waiting(folder: Path, arch: str, batch: int, workers: int) -> None:
     waited, total = map(sum, zip(*times[2:], strict=True))  # the workers have started by then
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(
-        f"A training step of {arch} with {batch} images on this {name}, {workers} workers: {100 * waited / total:.1f} %"
+        f"Waiting for data takes {100 * waited / total:.1f} % of a training step of {arch} with {batch} images on this"
     )
-    print(f"of it waiting for data, at {batch * len(times[2:]) / total:.1f} images/s.\n", flush=True)
+    print(f"{name}, {workers} workers, at {batch * len(times[2:]) / total:.1f} images/s.\n", flush=True)
 
 
 class TouchAll(Dataset):

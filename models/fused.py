@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from models.excitation import MAGNITUDE_EPSILON, STD_EPSILON, ChannelGate, LocationGate, fan_in, map_limit
 
@@ -20,25 +19,29 @@ FILTER = (1, 2, 3)  # the dimensions of a filter in a weight (O, I, kh, kw)
 
 
 def excite_weight(
-    raw: Tensor, gate: ChannelGate | LocationGate | None, standardized: bool, mapped: bool, once: bool = False
+    raw: Tensor,
+    gate: ChannelGate | LocationGate | None,
+    standardized: bool,
+    mapped: bool,
+    kept: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The same as :func:`models.excitation.excite_weight`, and differentiable once.
 
     Args:
-        once: write the result over that of the last such call with this ``raw``, which must be done with, and let the
-            backward pass overwrite the gradient that it is given. On a CPU the page faults of fresh memory take as long
-            as the arithmetic.
+        kept: the memory of the layer's last call, which must be done with: the result is written over that one's, and
+            the backward pass overwrites the gradient that it is given. On a CPU the page faults of fresh memory take as
+            long as the arithmetic.
     """
     # By name: a gate on one of DataParallel's replicas has tensors, and no parameters to list.
     layers = () if gate is None else (gate.fc1, gate.fc2)
     parameters = [tensor.type_as(raw) for layer in layers for tensor in (layer.weight, layer.bias)]
-    return _Excitation.apply(raw, standardized, type(gate), mapped, once, *parameters)
+    return _Excitation.apply(raw, standardized, type(gate), mapped, kept, *parameters)
 
 
 class _Excitation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, raw, standardized, gate, mapped, once, *layers):
-        kept = _kept.setdefault(raw, {}) if once else {}
+    def forward(ctx, raw, standardized, gate, mapped, kept, *layers):
+        ctx.overwrite, kept = kept is not None, {} if kept is None else kept
         scratch, locations = _scratch(raw), raw.shape[2] * raw.shape[3]
         weight = _memory(kept, "weight", raw)
         mean = std = statistic = size = hidden = gates = limit = None
@@ -68,7 +71,6 @@ class _Excitation(torch.autograd.Function):
             limit = map_limit(torch.maximum(-low, high))
             weight.div_(limit).atanh_().mul_(limit)
         ctx.save_for_backward(raw, mean, std, statistic, size, hidden, gates, limit, *layers)
-        ctx.once = once
         return weight
 
     @staticmethod
@@ -78,7 +80,7 @@ class _Excitation(torch.autograd.Function):
         scratch, locations = _scratch(raw), raw.shape[2] * raw.shape[3]
         product = _memory(scratch, "product", raw)
         # Another tensor on the same memory: autograd copies a gradient that its caller still holds.
-        grad = upstream.detach() if ctx.once else upstream.clone()
+        grad = upstream.detach() if ctx.overwrite else upstream.clone()
         weight = raw
         if std is not None:
             weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).div_(std + STD_EPSILON)
@@ -135,8 +137,6 @@ def _sum_locations(weight: Tensor, factor: float = 1) -> Tensor:
     return weight.sum((2, 3)).mul_(factor)
 
 
-# The memory of the last weight and gates of each raw weight, and of each thread's intermediate results.
-_kept = WeakTensorKeyDictionary()
 _threads = threading.local()
 
 
@@ -148,6 +148,7 @@ def _scratch(like: Tensor) -> dict[str, Tensor]:
 def _memory(kept: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     """A tensor to overwrite, of the shape and strides of ``like``, in the memory kept under that name if it will do."""
     memory = kept.get(name)
-    if memory is None or memory.numel() < like.numel() or memory.dtype != like.dtype or memory.device != like.device:
+    fits = memory is not None and memory.numel() >= like.numel() and not memory.is_inference()
+    if not fits or memory.dtype != like.dtype or memory.device != like.device:
         memory = kept[name] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
     return memory[: like.numel()].as_strided(like.shape, like.stride())

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def is_depthwise(conv: nn.Conv2d) -> bool:
     """Whether each group has one input channel; the authors of the paper report that standardizing hurts those."""
     return conv.groups > 1 and conv.groups == conv.in_channels
+
+
+_kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # memory of the last optimizer step
 
 
 class Conv2d(nn.Conv2d):
@@ -88,7 +92,8 @@ class Conv2d(nn.Conv2d):
             if torch.compiler.is_compiling():
                 weight = excitation.excite_weight(raw, self.gate, self.standardize, self.mapped)
             else:
-                weight = fused.excite_weight(raw, self.gate, self.standardize, self.mapped, once)
+                kept = _kept.setdefault(self, {}) if once else None
+                weight = fused.excite_weight(raw, self.gate, self.standardize, self.mapped, kept)
             return weight.to(self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -131,7 +136,9 @@ def fold(model: nn.Module) -> nn.Module:
 
     def plain(conv: Conv2d) -> nn.Conv2d:
         new = nn.utils.skip_init(nn.Conv2d, **_arguments(conv))
-        new.weight = nn.Parameter(conv.excited_weight().detach().clone(), requires_grad=conv.weight.requires_grad)
+        weight = conv.excited_weight().detach()
+        weight = weight if conv.excites else weight.clone()
+        new.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         new.bias = conv.bias
         return new.train(conv.training)
 
@@ -155,12 +162,15 @@ def excited_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     Inside, each excited convolution's parameter ``weight`` is the finished weight, a leaf that gathers the gradient of
     every micro-batch; DataParallel copies it to its replicas like any other parameter. On leaving, the raw weight is
     back, and the gathered gradient flows through the excitation once, to the raw weights and the gates. After an
-    exception the model is as it was before the block, and nothing flows.
+    exception the model is as it was before the block, and nothing flows. The finished weights and their gradients are
+    no one's to keep: the next block writes over the ones, leaving this one over the others.
 
     Args:
         compiled: excite by code of torch.compile's, which takes minutes to make and then half the time.
     """
-    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excites]
+    convs = [
+        module for module in model.modules() if isinstance(module, Conv2d) and module.excites and not module.finished
+    ]
     raw = [conv.weight for conv in convs]
     excited = (_compiled_excited_weights() if compiled else _excited_weights)(convs)
     finished = [nn.Parameter(weight.detach(), requires_grad=weight.requires_grad) for weight in excited]

@@ -656,10 +656,11 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
     words = [*SMALL, "-d", folder, "--epochs", 2, "--skip-bad-images"]
     result = command(*words, "-c", tmp_path / "one")
     assert result.status == 0
-    assert [result.err.count(str(path)) for path in bad] == [1, 1, 1]
+    assert [result.err.count(f"the image {path} ") for path in bad] == [1, 1, 1]
     assert "over 6 of 7 images" in result.out
     rows = read_log(tmp_path / "one" / "log.txt")
-    assert all(row["Bad Images"] >= 2 for row in rows)
+    # Of 13 training images, a shuffle leaves out one, which may be a bad one.
+    assert all(row["Bad Images"] in (2, 3) for row in rows)
     # Whatever the number of workers, and in the middle of an epoch.
     assert command(*words, "-c", tmp_path / "two", "-j", 2).status == 0
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -677,7 +678,7 @@ def test_nothing_but_bad_images(command, images, tmp_path, split):
         path.write_bytes(b"damaged")
     result = command(*SMALL, "-d", folder, "--epochs", 1, "--skip-bad-images", "-c", tmp_path / "run")
     assert result.status == 1
-    assert "not one of the" in result.err.splitlines()[-1]
+    assert {"train": "nor can any", "val": "not one of the"}[split] in result.err.splitlines()[-1]
 
 
 def test_unwritable_run_folder(command, images, tmp_path):

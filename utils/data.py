@@ -1,6 +1,7 @@
 """Image folders to batches of uint8 pixels, by random numbers that depend on (seed, epoch, index) alone."""
 
 import bisect
+import errno
 import functools
 import hashlib
 import math
@@ -28,6 +29,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
+REPLACEMENTS = 100  # images in a row that may be bad
+# What is the machine's fault and not the image's: an image must not be left out for it.
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 TRAIN, VAL = "train", "val"
 
 Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
@@ -38,15 +42,16 @@ class Sample(NamedTuple):
 
     pixels: Tensor | None  # None: none could be
     target: int
-    bad: list[str]
+    reasons: list[str]
 
 
 class Batch(NamedTuple):
-    """Images, uint8 (N, 3, size, size), their classes, (N,), and why others could not be decoded."""
+    """Images, uint8 (N, 3, size, size), and their classes, (N,); how many could not be decoded, and why."""
 
     images: Tensor
     targets: Tensor
-    bad: list[str]
+    bad: int
+    reasons: list[str]
 
 
 class ImageFolder(Dataset):
@@ -91,27 +96,32 @@ class ImageFolder(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        bad = []
+        reasons = []
         for candidate in self._candidates(epoch, index):
             try:
                 image = decode(self.path(candidate))
             except Exception as error:  # decoders raise nearly every type there is; raised on, it would lose the name
-                bad.append(f"can't decode the image {self.path(candidate)} ({type(error).__name__}: {error})")
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
+                    raise
+                text = " ".join(f"{self.path(candidate)} ({type(error).__name__}: {error})".splitlines())
+                reasons.append(f"can't decode the image {text}")
                 continue
             if self.seed is None:
                 pixels = resized_center_crop(image, self.size)
             else:
                 # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
                 pixels = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
-            return Sample(pixels, self.target(candidate), bad)
-        return Sample(None, -1, bad)
+            return Sample(pixels, self.target(candidate), reasons)
+        return Sample(None, -1, reasons)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The image, and those that may replace it: all others, as they follow in the epoch's shuffle."""
+        """The image, and those that may replace it, as they follow in the epoch's shuffle."""
         yield index
         if self.seed is not None and self.skip_bad:
             order = shuffle(len(self), self.seed, epoch)
-            yield from np.roll(order, -np.flatnonzero(order == index)[0])[1:].tolist()
+            (position,) = np.flatnonzero(order == index)
+            for step in range(1, min(REPLACEMENTS, len(self))):
+                yield int(order[(position + step) % len(self)])
 
     def digest(self) -> str:
         """A fingerprint of the list of images, whatever folder it lies in."""
@@ -245,12 +255,12 @@ def load(
     for batch in batches:
         if batch.bad and not skip_bad:
             raise RunFailed(
-                f"{batch.bad[0]}; mend it, or leave such images out by --skip-bad-images, and start again or --resume; "
-                "the last checkpoint, if there is one, stands"
+                f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, then start again or "
+                "--resume; the last checkpoint, if there is one, stands"
             )
-        for reason in sorted(set(batch.bad) - named):
+        for reason in sorted(set(batch.reasons) - named):
             print(f"\nLeft out: {reason}", file=sys.stderr)
-        named.update(batch.bad)
+        named.update(batch.reasons)
         yield batch._replace(targets=torch.tensor(batch.targets))
 
 
@@ -260,7 +270,8 @@ def _collate(samples: list[Sample]) -> Batch:
     # process a connection.
     images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
     targets = [sample.target for sample in good]
-    return Batch(images.permute(0, 3, 1, 2), targets, [reason for sample in samples for reason in sample.bad])
+    bad = sum(len(sample.reasons) > 0 for sample in samples)
+    return Batch(images.permute(0, 3, 1, 2), targets, bad, [reason for sample in samples for reason in sample.reasons])
 
 
 def _ignore_signals(worker: int) -> None:

@@ -34,20 +34,23 @@ def decode(path: str) -> Tensor:
     Raises:
         Exception: nearly any, when the file can't be read or decoded.
     """
+    if not os.path.isfile(path):  # reading a pipe would never end
+        raise ValueError("not a file")
     with Image.open(path) as image:  # reads no more than the header, and refuses sizes beyond reason
         decoder = DECODERS.get(image.format)
         if decoder is not None:
             data = torch.from_numpy(np.fromfile(os.fsencode(path), dtype=np.uint8))
             try:
                 return decoder(data, mode=ImageReadMode.RGB)
-            except RuntimeError:
+            except (RuntimeError, AttributeError):  # AttributeError: a torchvision that was built without it
                 pass
         return pil_to_tensor(_rgb(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # 16 bits, which convert() would clip
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif "transparency" in image.info:  # convert() warns of dropping it
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -214,6 +214,34 @@ def test_an_exception_in_excited_once_leaves_the_model_as_it_was():
     assert not model[0].finished
 
 
+@BOTH
+def test_a_weight_in_two_layers_is_excited_for_each(formulation):
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv2d(4, 4, 3, formulation=formulation), Conv2d(4, 4, 3, formulation=formulation)).double()
+    model[1].weight = model[0].weight
+    images = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    gradients = []
+    for context in (contextlib.nullcontext, excited_once, excited_once):
+        model.zero_grad()
+        with context(model):
+            model(images).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for each, once, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, each, rtol=1e-12, atol=1e-14)
+        assert torch.equal(once, again)
+
+
+def test_excited_once_in_itself_and_after_inference_mode():
+    model = Conv2d(4, 8, 3)
+    with torch.inference_mode(), excited_once(model):
+        expected = model(torch.ones(1, 4, 5, 5)).clone()
+    with excited_once(model):
+        with excited_once(model):
+            model(torch.ones(1, 4, 5, 5)).sum().backward()
+        assert torch.equal(model(torch.ones(1, 4, 5, 5)), expected)
+    assert model.gate.fc1.weight.grad is not None
+
+
 def test_excited_once_with_frozen_weights():
     model = Conv2d(4, 8, 3)
     model.requires_grad_(False)

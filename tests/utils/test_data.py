@@ -118,11 +118,14 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_of_the_order(tmp_path):
     for position in (-2, -1):  # after the last comes the first
         Path(dataset.path(order[position])).write_bytes(b"damaged")
     replaced = dataset[2, order[-2]]
-    assert [dataset.path(order[-2]) in replaced.bad[0], dataset.path(order[-1]) in replaced.bad[1]] == [True, True]
+    assert [dataset.path(order[-2]) in replaced.reasons[0], dataset.path(order[-1]) in replaced.reasons[1]] == [
+        True,
+        True,
+    ]
     assert replaced.target == dataset.target(order[0])
     assert replaced.pixels.shape == sample.pixels.shape
     assert not torch.equal(replaced.pixels, sample.pixels)
-    assert dataset[2, order[0]].bad == []
+    assert dataset[2, order[0]].reasons == []
     dataset.skip_bad = False
     assert dataset[2, order[-2]].pixels is None
 
