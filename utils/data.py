@@ -90,8 +90,9 @@ class ImageFolder(Dataset):
 
     def path(self, index: int) -> str:
         """The file of an image."""
-        start = self.ends[index - 1] if index > 0 else 0
-        name = os.fsdecode(self.names[start : self.ends[index]].numpy().tobytes())
+        ends = self.ends.numpy()  # whose indexing takes a fraction of a tensor's
+        start = ends[index - 1] if index > 0 else 0
+        name = os.fsdecode(self.names.numpy()[start : ends[index]].tobytes())
         return os.path.join(self.folder, self.classes[self.target(index)], name)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:

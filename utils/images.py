@@ -1,12 +1,13 @@
 """A file of any format to uint8 pixels of the network's size: decode, crop, resize, flip, all on uint8."""
 
+import io
 import math
 import os
 import random
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop, hflip, pil_to_tensor
@@ -36,12 +37,17 @@ def decode(path: str) -> Tensor:
     """
     if not os.path.isfile(path):  # reading a pipe would never end
         raise ValueError("not a file")
-    with Image.open(path) as image:  # reads no more than the header, and refuses sizes beyond reason
+    data = np.fromfile(os.fsencode(path), dtype=np.uint8)
+    try:
+        # Looks at no more than the header, and refuses sizes beyond reason. Of an array, BytesIO would be slow.
+        image = Image.open(io.BytesIO(data.tobytes()))
+    except UnidentifiedImageError as error:
+        raise ValueError("no image format that is known") from error
+    with image:
         decoder = DECODERS.get(image.format)
         if decoder is not None:
-            data = torch.from_numpy(np.fromfile(os.fsencode(path), dtype=np.uint8))
             try:
-                return decoder(data, mode=ImageReadMode.RGB)
+                return decoder(torch.from_numpy(data), mode=ImageReadMode.RGB)
             except (RuntimeError, AttributeError):  # AttributeError: a torchvision that was built without it
                 pass
         return pil_to_tensor(_rgb(image))
