@@ -249,7 +249,7 @@ def load(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # otherwise each pass draws a number from the global one
     )
     named = set()
@@ -275,8 +275,9 @@ def _collate(samples: list[Sample]) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), targets, bad, [reason for sample in samples for reason in sample.reasons])
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the main process's to answer; workers end with it."""
+def _start_worker(worker: int) -> None:
+    """A signal to the whole process group is the main process's to answer; workers end with it, without a word."""
+    sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
