@@ -2,8 +2,8 @@
 
 python -m benchmarks.pipeline [--workers N] [--seconds X] [-a ARCH] [--train-batch N]
 
-It draws its own JPEGs, 500 x 375 pixels and 107 KB on the average, as ImageNet's. Each round times what is compared in
-turn, since the machine's speed drifts, and a ratio is the median over the rounds.
+It draws its own JPEGs, 500 x 375 pixels and about the mean size of ImageNet's, which it prints. Each round times what
+is compared in turn, since the machine's speed drifts, and a ratio is the median over the rounds.
 """
 
 import argparse

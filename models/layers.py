@@ -166,7 +166,7 @@ def excited_once(model: nn.Module, compiled: bool = False) -> Iterator[None]:
     no one's to keep: the next block writes over the ones, leaving this one over the others.
 
     Args:
-        compiled: excite by code of torch.compile's, which takes minutes to make and then half the time.
+        compiled: excite by code of torch.compile's, which takes minutes to make.
     """
     convs = [
         module for module in model.modules() if isinstance(module, Conv2d) and module.excites and not module.finished

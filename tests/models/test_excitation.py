@@ -46,15 +46,8 @@ def reference(weight: np.ndarray, conv: Conv2d) -> np.ndarray:
 @pytest.mark.parametrize("std", [True, False])
 def test_excited_weight_is_the_equation(in_channels, out_channels, kernel, groups, formulation, excitation, std):
     torch.manual_seed(0)
-    conv = Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        groups=groups,
-        excitation=excitation,
-        formulation=formulation,
-        standardize=std,
-    )
+    halves = {"excitation": excitation, "formulation": formulation, "standardize": std}
+    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, **halves)
     expected = reference(conv.weight.detach().double().numpy(), conv)
     in_double = conv.double().excited_weight()
     assert in_double.dtype == torch.float64
@@ -187,15 +180,8 @@ def test_channel_gate_sees_relative_size_only():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fused_is_plain(in_channels, out_channels, kernel, groups, formulation, excitation, std, memory_format):
     torch.manual_seed(3)
-    conv = Conv2d(
-        in_channels,
-        out_channels,
-        kernel,
-        groups=groups,
-        excitation=excitation,
-        formulation=formulation,
-        standardize=std,
-    )
+    halves = {"excitation": excitation, "formulation": formulation, "standardize": std}
+    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, **halves)
     conv.to(torch.float64, memory_format=memory_format)
     upstream = torch.randn_like(conv.weight)
     kept = upstream.clone()
