@@ -28,6 +28,7 @@ from utils.images import decode, random_resized_crop, resized_center_crop
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
+DOT = ord(".")
 EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
 REPLACEMENTS = 100  # images in a row that may be bad
 # What is the machine's fault and not the image's: an image must not be left out for it.
@@ -78,7 +79,7 @@ class ImageFolder(Dataset):
             names += files
             self.starts.append(len(names))
         # No list of strings: counting the references to a million of them, each worker would copy them all.
-        self.ends = torch.from_numpy(np.cumsum(list(map(len, names))))
+        self.ends = torch.from_numpy(np.fromiter(map(len, names), np.int64).cumsum())
         self.names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
 
     def __len__(self) -> int:
@@ -147,7 +148,7 @@ def _images(folder: str) -> list[bytes]:
         names = os.listdir(os.fsencode(folder))
     except OSError as error:
         raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
-    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(b"."))
+    return sorted([name for name in names if name[0] != DOT and name.lower().endswith(EXTENSIONS)])
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from torchvision.transforms import v2
 
 from tests.formats import FORMATS, IMAGE, drawing, encoded
 from tests.helpers import ROOT
-from utils.images import decode, random_resized_crop, resize, resized_center_crop
+from utils.images import _jpeg_size, decode, random_resized_crop, resize, resized_center_crop
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
@@ -39,6 +40,15 @@ def test_a_path_that_is_no_text(tmp_path):
     path = tmp_path / "caf\udce9.jpg"  # a byte that is no UTF-8
     path.write_bytes(FORMATS["rgb.jpg"])
     assert decode(str(path)).shape == (3, 150, 200)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.endswith(".jpg")])
+def test_a_jpegs_size_is_read_as_pillow_reads_it(name):
+    width, height = Image.open(io.BytesIO(FORMATS[name])).size
+    data = np.frombuffer(FORMATS[name], dtype=np.uint8)
+    assert _jpeg_size(data) == width * height
+    frame = FORMATS[name].index(struct.pack(">HH", height, width))
+    assert [_jpeg_size(data[:cut]) for cut in range(frame + 4)] == [0] * (frame + 4)
 
 
 @pytest.mark.parametrize(
