@@ -2,6 +2,7 @@
 """Train, resume and evaluate weight-excited ResNet and ResNeXt, or any torchvision classifier, on image folders."""
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
@@ -10,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -29,9 +30,10 @@ from utils.demo import draw_demo
 from utils.distributed import choose_devices, describe
 from utils.errors import BadInput, RunFailed
 from utils.files import append_text, write_atomically
-from utils.logger import CURVES, LOG, Logger, read_log
+from utils.logger import CURVES, Logger
 from utils.meters import Progress
-from utils.signals import Stop
+from utils.run_folder import COMMAND, RunFolder
+from utils.signals import REQUESTS, Stop, ignore
 
 # What --demo sets in place of the defaults: small images of ten drawn classes, minutes on two cores.
 DEMO = {
@@ -48,12 +50,23 @@ DEMO = {
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
 ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch")
+# In the run's folder, the images of a step that ended the run.
+NOT_FINITE = "not_finite.txt"
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient is not finite; ``micro_batches`` of the step may have the reason in their images."""
+
+    def __init__(self, text: str, micro_batches: slice):
+        super().__init__(text)
+        self.micro_batches = micro_batches
 
 
 def main() -> int:
     """Run the command line and return the exit status."""
     # So that a log file is up to date, and a path that is no text can be printed.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    ignore(REQUESTS)  # as long as there is nothing to save
     try:
         return run(sys.argv[1:])
     except BadInput as error:
@@ -84,11 +97,12 @@ def run(argv: list[str]) -> int:
     args, saved, file = parse(argv)
     training = not args.evaluate and args.export is None
     folder = Path(args.checkpoint)
-    if training and saved and saved["epoch"] >= args.epochs:
+    own = bool(saved) and "options" in saved  # a checkpoint of this trainer
+    if training and saved and saved.get("epoch", 0) >= args.epochs:
         print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
         return 0
     if training:
-        checkpoints.check_run_folder(folder, file, args.overwrite)
+        run_folder = RunFolder(folder, file if own else None, own and os.path.isfile(args.resume), args.overwrite)
     devices = choose_devices(args.gpu_id)
     if args.compile and len(devices) > 1:
         raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
@@ -156,81 +170,112 @@ def run(argv: list[str]) -> int:
     describe_steps(args, order)
 
     # Where to begin
-    epoch, step, best_acc, acc, sums, rows = args.start_epoch, 0, -1.0, -1.0, [], []
+    epoch, step, best_acc, acc, scores, rows = args.start_epoch, 0, -1.0, -1.0, Scores(), []
     digest = train_set.digest()
     if saved:
-        epoch, step, best_acc, acc, sums = (saved[key] for key in ("epoch", "step", "best_acc", "acc", "sums"))
-        if step > 0:
-            check_same_order(args, saved, file, digest, order.steps)
-        checkpoints.load_state(optimizer, scaler, saved, file)
-        if os.path.exists(file.parent / LOG):
-            rows = [row for row in read_log(file.parent / LOG) if row["Epoch"] <= epoch]
-        print(f"Going on from {file}: {epoch} epochs and {step} steps done, best top-1 {max(best_acc, 0):.2f}")
-    begins = file is None or file.parent.resolve() != folder.resolve()  # whether the run is new to its folder
-    checkpoints.open_run_folder(folder)
+        epoch = saved.get("epoch", epoch)
+        if "optimizer" in saved:
+            checkpoints.load_optimizer(optimizer, saved["optimizer"], file)
+        if own:
+            step, best_acc, acc, scores, rows = (saved[key] for key in ("step", "best_acc", "acc", "sums", "log"))
+            scores = Scores(scores)
+            if step > 0:
+                check_same_order(args, saved, file, digest, order.steps)
+            checkpoints.load_state(scaler, saved, file)
+        describe_start(saved, file)
     kept = {name: value for name, value in vars(args).items() if name not in ONCE}
-    resolved = as_words(kept | {"checkpoint": args.checkpoint, "resume": args.resume})
-    append_text(folder / "command.txt", f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n", begins)
-    logger = Logger(folder, f"{args.arch}, excitation {args.excitation} ({args.formulation})", rows)
-    stop = Stop()
-    keys = order.run(epoch, step, args.epochs)
-    batches = load({TRAIN: train_set, VAL: val_set}, keys, args.workers, devices[0], args.skip_bad_images)
+    logger = Logger(f"{args.arch}, excitation {args.excitation} ({args.formulation})", rows)
 
-    def save(is_best: bool = False) -> None:
-        nonlocal begins
-        if begins:  # only now, when there is something to replace them by, the results of an earlier run go
-            checkpoints.clear_results(folder, file)
-            begins = False
-        logger.write()
-        checkpoint = {
-            "epoch": epoch,
-            "step": step,
-            "arch": args.arch,
-            "classes": classes,
-            "state_dict": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "best_acc": best_acc,
-            "acc": acc,
-            "sums": sums,
-            "images": digest,
-            "rng": checkpoints.random_state(),
-            "options": kept,
-        }
-        checkpoints.save(checkpoint, folder, is_best)
+    with run_folder:
+        resolved = as_words(kept | {"checkpoint": args.checkpoint, "resume": args.resume})
+        text = f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n"
+        append_text(folder / COMMAND, text, anew=run_folder.begins)
+        stop = Stop()
+        keys = order.run(epoch, step, args.epochs)
+        batches = load({TRAIN: train_set, VAL: val_set}, keys, args.workers, devices[0], args.skip_bad_images)
 
-    while epoch < args.epochs:
-        lr = learning_rate(args.lr, args.gamma, args.schedule, epoch)
-        for group in optimizer.param_groups:
-            group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-        scores = Scores(sums)
-        label = f"Epoch {epoch + 1}/{args.epochs}"
-        progress = Progress(label, order.steps * args.iter_size, args.train_batch, step * args.iter_size)
-        step += train(
-            network, batches, optimizer, scaler, autocast, args.iter_size, args.compile, scores, progress, stop
-        )
-        progress_val = Progress("Validate", order.val_batches, args.test_batch)
-        valid = Scores() if stop else evaluate(model, devices, batches, autocast, args.compile, progress_val, stop)
-        if stop:
-            sums = scores.sums
-            save()
-            print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {order.steps} steps; go on with")
-            print(f"  {command([f'--resume={args.checkpoint}'])}")
-            return 128 + stop.number
-        if not math.isfinite(valid.loss):
-            raise RunFailed(
-                f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}; the last checkpoint, if there "
-                "is one, stands: start from there with a lower --lr"
-            )
-        acc = valid.top1
-        is_best = acc > best_acc
-        best_acc = max(acc, best_acc)
-        epoch, step, sums = epoch + 1, 0, []
-        bad_images = scores.bad_images + valid.bad_images
-        logger.append(lr, scores.loss, valid.loss, scores.top1, valid.top1, scores.top5, valid.top5, epoch, bad_images)
-        save(is_best)
-        took = timedelta(seconds=round(progress.seconds))
-        print(f"{label}  lr {lr:.4g}  train {scores}  valid {valid}{left_out(valid)}  {took}")
+        def save(is_best: bool = False) -> None:
+            stop.save = False
+            checkpoint = {
+                "epoch": epoch,
+                "step": step,
+                "arch": args.arch,
+                "classes": classes,
+                "state_dict": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "best_acc": best_acc,
+                "acc": acc,
+                "sums": scores.sums,
+                "log": logger.rows,
+                "images": digest,
+                "rng": checkpoints.random_state(),
+                "options": kept,
+            }
+            names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
+            run_folder.save(logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
+            if run_folder.failure:
+                print(f"\n{run_folder.failure}; the next save tries again", file=sys.stderr)
+
+        def interrupted() -> bool:
+            if stop.save:
+                save()
+            return bool(stop)
+
+        if not run_folder.begins:
+            run_folder.save(logger.changes())  # without the rows that came after the checkpoint
+        while epoch < args.epochs:
+            lr = learning_rate(args.lr, args.gamma, args.schedule, epoch)
+            for group in optimizer.param_groups:
+                group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
+            label = f"Epoch {epoch + 1}/{args.epochs}"
+            progress = Progress(label, order.steps * args.iter_size, args.train_batch, step * args.iter_size)
+            micro_batches = progress.track(whole(islice(batches, progress.batches - progress.done), args.train_batch))
+            network.train()
+            ended = False
+            while step < order.steps and not ended:
+                group = islice(micro_batches, args.iter_size)
+                try:
+                    sums = train_step(network, group, args.iter_size, optimizer, scaler, autocast, args.compile)
+                except NotFinite as error:
+                    images = list(islice(order.training(epoch, step), args.iter_size))[error.micro_batches]
+                    names = [train_set.path(index) for batch in images for *_, index in batch]
+                    where = f"{label}, step {step + 1}, learning rate {lr:g}"
+                    raise RunFailed(f"{where}: {error}; {blame(names, folder)}") from error
+                scores.add(sums)
+                step += 1
+                progress.scores = str(scores)
+                if args.save_freq and step % args.save_freq == 0:
+                    save()
+                ended = interrupted()
+            next(micro_batches, None)  # there is none; the last one is now counted as done
+            if not ended:
+                progress_val = Progress("Validate", order.val_batches, args.test_batch)
+                valid = evaluate(model, devices, batches, autocast, args.compile, progress_val, interrupted)
+            if stop:
+                save()
+                if run_folder.failure:
+                    raise RunFailed(f"stopped by {stop.name}, and {run_folder.failure}; the last checkpoint stands")
+                print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {order.steps} steps; go on with")
+                print(f"  {command([f'--resume={args.checkpoint}'])}")
+                return 128 + stop.number
+            if not math.isfinite(valid.loss):
+                raise RunFailed(
+                    f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}; the last checkpoint, if "
+                    "there is one, stands: start from there with a lower --lr"
+                )
+            acc = valid.top1
+            is_best = acc > best_acc
+            best_acc = max(acc, best_acc)
+            epoch, step, trained, scores = epoch + 1, 0, scores, Scores()
+            bad = trained.bad_images + valid.bad_images
+            accuracies = trained.top1, valid.top1, trained.top5, valid.top5
+            logger.append(lr, trained.loss, valid.loss, *accuracies, epoch, bad, trained.skipped_steps)
+            save(is_best)
+            took = timedelta(seconds=round(progress.seconds))
+            print(f"{label}  lr {lr:.4g}  train {trained}{skipped(trained)}  valid {valid}{left_out(valid)}  {took}")
+        if run_folder.failure:
+            raise RunFailed(f"{run_folder.failure}: the run has ended, and this is not saved")
 
     print(f"Best top-1 {best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
     if args.demo:
@@ -239,49 +284,53 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def train(
+def whole(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Batches of training, in which every image has been replaced that could not be decoded."""
+    for batch in batches:
+        if len(batch.images) < size:
+            raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
+        yield batch
+
+
+def train_step(
     network: nn.Module,
-    batches: Iterator[Batch],
+    micro_batches: Iterable[Batch],
+    iter_size: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     autocast: torch.autocast,
-    iter_size: int,
     compiled: bool,
-    scores: Scores,
-    progress: Progress,
-    stop: Stop,
-) -> int:
-    """Train to the end of the epoch or to a signal, adding to ``scores``; returns the optimizer steps done."""
-    network.train()
+) -> list[float]:
+    """One optimizer step; returns what it adds to the scores.
+
+    Raises:
+        NotFinite: before the weights are touched.
+    """
     like = next(network.parameters())
-    left = progress.batches - progress.done
-    micro_batches = progress.track(islice(batches, left))
-    for step in range(1, left // iter_size + 1):
-        sums, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0
-        with excited_once(network, compiled):
-            for images, targets, bad, reasons in islice(micro_batches, iter_size):
-                if len(images) < progress.batch_images:
-                    raise RunFailed(f"{reasons[-1]}; nor can any of those before it in the epoch's order")
-                bad_images += bad
-                loss, batch = forward(network, images, targets, like, autocast)
-                scaler.scale(loss / iter_size).backward()
-                sums += batch
-        step_sums = sums.tolist()  # the one read from the device in an optimizer step
-        if not math.isfinite(step_sums[0]) and not scaler.is_enabled():
-            lr = optimizer.param_groups[0]["lr"]
-            raise RunFailed(
-                f"{progress.label}: the loss is {step_sums[0]} in step {step} at learning rate {lr:g}; "
-                "the last checkpoint, if there is one, stands: start from there with a lower --lr"
-            )
+    sums, losses, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), [], 0
+    with excited_once(network, compiled):
+        for images, targets, bad, _ in micro_batches:
+            bad_images += bad
+            loss, batch = forward(network, images, targets, like, autocast)
+            scaler.scale(loss / iter_size).backward()
+            sums += batch
+            losses.append(loss.detach().double())
+    scaler.unscale_(optimizer)
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    # The largest: of a sum of squares, finite numbers can make infinity.
+    norm = torch.nn.utils.get_total_norm(gradients, math.inf).double()
+    *losses, norm, loss, top1, top5, images = torch.cat([torch.stack([*losses, norm]), sums]).tolist()  # the one read
+    for index, value in enumerate(losses):
+        if not math.isfinite(value):
+            raise NotFinite(f"the loss is {value}", slice(index, index + 1))
+    is_finite = math.isfinite(norm)
+    if not is_finite and not scaler.is_enabled():
+        raise NotFinite(f"the loss is {sum(losses) / iter_size:.4g} and the gradient's norm {norm}", slice(None))
+    if is_finite:  # a fused optimizer that skips its very first step would keep momentum that was never set
         scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        scores.add([*step_sums, bad_images])
-        progress.scores = str(scores)
-        if stop:
-            return step
-    next(micro_batches, None)  # there is none; the last one is now counted as done
-    return left // iter_size
+    scaler.update()
+    optimizer.zero_grad()
+    return [loss, top1, top5, images, float(bad_images), float(not is_finite)]
 
 
 @torch.no_grad()
@@ -292,24 +341,25 @@ def evaluate(
     autocast: torch.autocast,
     compiled: bool,
     progress: Progress,
-    stop: Stop | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Scores:
-    """Scores over every image, on folded weights: they are excited once and not for each batch."""
+    """Scores over every image, or those before an interruption, on folded weights: excited once and not per batch."""
     folded = fold(model).eval()
     if compiled:
         folded.compile()
     network = data_parallel(folded, devices)
     like = next(network.parameters())
-    sums, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0
+    sums, bad_images, ended = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0, False
     for images, targets, bad, _ in progress.track(islice(batches, progress.batches)):
         bad_images += bad
         if len(images) > 0:
             _, batch = forward(network, images, targets, like, autocast)
             sums += batch
-        if stop:
+        ended = interrupted()
+        if ended:
             break
-    scores = Scores([*sums.tolist(), bad_images])
-    if scores.images == 0 and not stop:
+    scores = Scores([*sums.tolist(), bad_images, 0.0])
+    if scores.images == 0 and not ended:
         raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
     return scores
 
@@ -323,6 +373,11 @@ def forward(
         logits = network(normalize(images, like))
         loss = F.cross_entropy(logits, targets)
     return loss, batch_sums(logits, targets, loss)
+
+
+def skipped(trained: Scores) -> str:
+    """What an epoch's line says of the steps that the gradient scaler skipped."""
+    return f" ({trained.skipped_steps} steps skipped: fp16 overflowed)" if trained.skipped_steps else ""
 
 
 def left_out(valid: Scores) -> str:
@@ -397,6 +452,31 @@ def describe_steps(args: argparse.Namespace, order: Order) -> None:
         print(f"--lr {args.lr:g} is high for steps of {group} images; suggested: 0.1 x {group} / 256 = {suggested:.2g}")
 
 
+def describe_start(saved: dict, file: Path) -> None:
+    """Say what is taken from a checkpoint, and what was not in it."""
+    if "options" in saved:
+        done = f"{saved['epoch']} epochs and {saved['step']} steps done, best top-1 {max(saved['best_acc'], 0):.2f}"
+        print(f"Going on from {file}: {done}")
+        if saved["versions"] != checkpoints.versions():
+            print(f"It was written with {' '.join(map(' '.join, saved['versions'].items()))}: rounding may differ")
+        return
+    names = {"weights": "state_dict", "epoch": "epoch", "optimizer": "optimizer"}
+    known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
+    print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
+    print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
+
+
+def blame(names: list[str], folder: Path) -> str:
+    """The images of a step that ended the run, in a few words, and all of them in a file."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    text = f"its images are {', '.join(names[:3])}{more}"
+    with contextlib.suppress(OSError):
+        lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
+        write_atomically(folder / NOT_FINITE, lambda file: file.write(lines))
+        text += f" ({folder / NOT_FINITE})" * bool(more)
+    return f"{text}; the last checkpoint, if there is one, stands: start from there with a lower --lr"
+
+
 def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str, steps: int) -> None:
     """In the middle of an epoch, refuse what would change the shuffle or the groups that go on."""
     for name in ("seed", "train_batch", "iter_size"):
@@ -426,17 +506,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
         args = parser.parse_args(argv)
     saved = file = None
     if args.resume is not None:
-        file = checkpoints.find(args.resume)
-        saved = checkpoints.load(file)
-        if "options" not in saved and not args.evaluate:
-            raise BadInput(f"--resume: {file} is of another trainer: with -e it can be evaluated, and nothing else")
-        if args.start_epoch is not None:
+        file, saved = checkpoints.find(args.resume)
+        if "options" not in saved and args.export is not None:
+            raise BadInput(f"--export: {file} is of another trainer, and its options are not known")
+        if args.start_epoch is not None and "epoch" in saved:
             raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
         if args.pretrained:
             raise BadInput("--pretrained: with --resume the weights come from there; leave one out")
-        parser.set_defaults(checkpoint=str(file.parent))
+        options = saved.get("options", {})
+        if options:
+            parser.set_defaults(checkpoint=str(file.parent))
         try:
-            options = saved.get("options", {})
             if not options.keys() <= vars(args).keys() - set(ONCE):
                 raise BadInput("--resume: it has options that no run has")
             args = parser.parse_args([*as_words(options), *argv])
@@ -554,6 +634,7 @@ def build_parser() -> Parser:
         help="folder that the run is written to [checkpoints/imagenet/ARCH]",
     )
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
+    add("--save-freq", **natural, default=0, help="optimizer steps between checkpoints; 0: each epoch [%(default)s]")
     add("--resume", type=path, metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
     add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")

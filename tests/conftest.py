@@ -1,5 +1,7 @@
 """Fixtures that more than one test file needs."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ import pytest
 
 import imagenet
 from tests.helpers import draw_folder
+from utils.signals import Stop
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +34,26 @@ def command(monkeypatch, capsys):
         return SimpleNamespace(status=status, out=out, err=err)
 
     return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Send the coming run a SIGTERM when it has done so many optimizer steps."""
+
+    def set_up(steps: int) -> None:
+        checks = iter(range(1, 10**6))
+
+        class Stopping(Stop):
+            def __bool__(self) -> bool:
+                if self.number == 0 and next(checks) == steps:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().__bool__()
+
+        monkeypatch.setattr(imagenet, "Stop", Stopping)
+
+    yield set_up
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+# --- a run, from the first line to the last

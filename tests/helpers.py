@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from utils.demo import draw
 
@@ -32,3 +33,20 @@ def start(*words, **options) -> subprocess.Popen:
     argv = [sys.executable, str(ROOT / "imagenet.py"), *map(str, words)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(argv, cwd=ROOT, **options)
+
+
+def checkpoint(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimizer, random state and log are the same to the last bit."""
+    a, b = checkpoint(one), checkpoint(other)
+    for key in ("epoch", "step", "best_acc", "acc", "sums"):
+        assert a[key] == b[key]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    for index, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()

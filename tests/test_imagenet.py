@@ -22,49 +22,8 @@ from PIL import Image
 import imagenet
 import models
 from tests.formats import FORMATS
-from tests.helpers import SIZES, SMALL, TINY, draw_folder, start
+from tests.helpers import SIZES, SMALL, TINY, assert_same_run, checkpoint, draw_folder, start
 from utils.logger import COLUMNS, read_log
-from utils.signals import Stop
-
-
-def checkpoint(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
-    return torch.load(folder / name, weights_only=True)
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer, random state and log are the same to the last bit."""
-    a, b = checkpoint(one), checkpoint(other)
-    for key in ("epoch", "step", "best_acc", "acc", "sums"):
-        assert a[key] == b[key]
-    assert a["state_dict"].keys() == b["state_dict"].keys()
-    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
-    for index, state in a["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
-    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
-    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Send the coming run a SIGTERM when it has done so many optimizer steps."""
-
-    def set_up(steps: int) -> None:
-        checks = iter(range(1, 10**6))
-
-        class Stopping(Stop):
-            def __bool__(self) -> bool:
-                if self.number == 0 and next(checks) == steps:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return super().__bool__()
-
-        monkeypatch.setattr(imagenet, "Stop", Stopping)
-
-    yield set_up
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-# --- a run, from the first line to the last
 
 
 def test_a_run_and_its_evaluation(command, images, tmp_path):
@@ -85,6 +44,8 @@ def test_a_run_and_its_evaluation(command, images, tmp_path):
     ):
         assert text in first.out
     assert sorted(path.name for path in run.iterdir()) == [
+        ".lock",
+        "checkpoint.prev.pth.tar",
         "checkpoint.pth.tar",
         "command.txt",
         "log.png",
@@ -194,161 +155,6 @@ def test_a_bar_on_a_terminal(images, tmp_path):
     assert process.wait(timeout=60) == 0
     last = shown.decode().split("\r")
     assert any(re.search(r"Epoch 1/1 \|.*\| 3/3 .*top-1", line) for line in last), shown
-
-
-# --- resuming
-
-
-def test_resumed_equals_uninterrupted_across_a_milestone(command, images, tmp_path):
-    words = [*TINY, "-d", images, "--schedule", 1, 3, "--drop", 0.2, "--formulation", "paper"]
-    assert command(*words, "--epochs", 4, "-c", tmp_path / "whole").status == 0
-    assert command(*words, "--epochs", 2, "-c", tmp_path / "parts").status == 0
-    # The options of the run hold where the command gives none.
-    second = command("--resume", tmp_path / "parts", "--epochs", 4)
-    assert second.status == 0
-    assert "2 epochs and 0 steps done" in second.out
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert [row["Learning Rate"] for row in read_log(tmp_path / "parts" / "log.txt")] == [0.002, 2e-4, 2e-4, 2e-5]
-
-
-@pytest.mark.parametrize("steps", [1, 5, 7])
-def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(command, images, tmp_path, stop_after, steps):
-    words = [*SMALL, "-d", images, "--schedule", 1, "--drop", 0.2, "--epochs", 2, "--iter-size", 1]
-    assert command(*words, "-c", tmp_path / "whole").status == 0
-    stop_after(steps)
-    stopped = command(*words, "-c", tmp_path / "parts")
-    assert stopped.status == 128 + signal.SIGTERM
-    assert f"python imagenet.py --resume={tmp_path / 'parts'}" in stopped.out
-    assert checkpoint(tmp_path / "parts")["step"] > 0
-    assert command("--resume", tmp_path / "parts").status == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_signal_to_the_process_group(command, images, tmp_path):
-    words = [*SMALL, "-d", images, "--epochs", 300, "-j", 2, "-c", tmp_path / "run"]
-    process = start(*words, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "checkpoint.pth.tar").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
-    assert "Stopped by SIGINT" in out
-    assert "Traceback" not in err
-    saved = checkpoint(tmp_path / "run")
-    resumed = command("--resume", tmp_path / "run", "--epochs", saved["epoch"] + 1)
-    assert resumed.status == 0
-    rows = read_log(tmp_path / "run" / "log.txt")
-    assert [row["Epoch"] for row in rows] == list(range(1, saved["epoch"] + 2))
-
-
-def test_a_finished_run_is_left_alone(command, images, tmp_path):
-    run = tmp_path / "run"
-    command(*SMALL, "-d", images, "--epochs", 1, "-c", run)
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    result = command("--resume", run)
-    assert result.status == 0
-    assert "finished its 1 epochs" in result.out
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
-
-
-def test_a_moved_run_goes_on_beside_its_file(command, images, tmp_path):
-    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path / "old")
-    shutil.move(tmp_path / "old", tmp_path / "new")
-    assert command("--resume", tmp_path / "new" / "checkpoint.pth.tar", "--epochs", 2).status == 0
-    assert len(read_log(tmp_path / "new" / "log.txt")) == 2
-    assert not (tmp_path / "old").exists()
-
-
-def test_going_on_elsewhere_leaves_the_run_as_it_was(command, images, tmp_path):
-    run, branch = tmp_path / "run", tmp_path / "branch"
-    command(*SMALL, "-d", images, "--epochs", 2, "-c", run)
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    assert command("--resume", run, "--epochs", 3, "--lr", 0.001, "-c", branch).status == 0
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
-    rows = read_log(branch / "log.txt")
-    assert rows[:2] == read_log(run / "log.txt")
-    assert rows[2]["Learning Rate"] == 0.001
-
-
-def test_a_branch_has_the_log_and_the_best_of_its_run(command, images, tmp_path, stop_after):
-    run, branch = tmp_path / "run", tmp_path / "branch"
-    command(*SMALL, "-d", images, "--epochs", 2, "-c", run)
-    command(*SMALL, "-d", images, "--epochs", 1, "--seed", 9, "-c", branch)
-    stop_after(1)
-    words = ["--resume", run, "-c", branch, "--epochs", 4]
-    assert command(*words).status == 2
-    assert command(*words, "--overwrite").status == 128 + signal.SIGTERM
-    assert (branch / "log.txt").read_text() == (run / "log.txt").read_text()
-    assert (branch / "model_best.pth.tar").read_bytes() == (run / "model_best.pth.tar").read_bytes()
-    assert command("--resume", branch).status == 0
-    assert [row["Epoch"] for row in read_log(branch / "log.txt")] == [1, 2, 3, 4]
-
-
-def test_overwrite_replaces_a_run_only_by_results(command, images, tmp_path):
-    words = [*SMALL, "-c", tmp_path / "run", "--epochs", 1]
-    command(*words, "-d", images)
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "command.txt"}
-    folder = shutil.copytree(images, tmp_path / "images")
-    (folder / "val" / "ring" / "1.jpg").write_bytes(b"")
-    assert command(*words, "-d", folder, "--overwrite").status == 1
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def test_a_failure_in_the_first_epoch_does_not_block_the_folder(command, images, tmp_path):
-    folder = shutil.copytree(images, tmp_path / "images")
-    bad = folder / "val" / "ring" / "1.jpg"
-    whole = bad.read_bytes()
-    bad.write_bytes(b"")
-    words = [*SMALL, "-d", folder, "-c", tmp_path / "run", "--epochs", 1]
-    assert command(*words).status == 1
-    bad.write_bytes(whole)
-    assert command(*words).status == 0
-
-
-def test_a_damaged_log_is_named(command, images, tmp_path):
-    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path)
-    (tmp_path / "log.txt").write_text("a\tb\n1\t2\n")
-    result = command("--resume", tmp_path, "--epochs", 2)
-    assert result.status == 2
-    assert str(tmp_path / "log.txt") in result.err
-
-
-def test_a_run_is_replaced_only_when_told(command, images, tmp_path):
-    words = [*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path]
-    assert command(*words).status == 0
-    refused = command(*words)
-    assert refused.status == 2
-    assert "--resume" in refused.err
-    assert "--overwrite" in refused.err
-    assert command(*words, "--overwrite", "--epochs", 2).status == 0
-    assert len(read_log(tmp_path / "log.txt")) == 2
-
-
-def test_an_earlier_checkpoint_does_not_replace_a_later_one(command, images, tmp_path):
-    command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path)
-    shutil.copy(tmp_path / "checkpoint.pth.tar", tmp_path / "model_best.pth.tar")
-    command("--resume", tmp_path, "--epochs", 2)
-    result = command("--resume", tmp_path / "model_best.pth.tar", "--epochs", 3)
-    assert result.status == 2
-    assert "would replace the later" in result.err
-    assert command("--resume", tmp_path / "model_best.pth.tar", "--epochs", 2, "--overwrite").status == 0
-    assert [row["Epoch"] for row in read_log(tmp_path / "log.txt")] == [1, 2]
-
-
-def test_in_the_middle_of_an_epoch_the_shuffle_must_go_on(command, images, tmp_path, stop_after):
-    folder = shutil.copytree(images, tmp_path / "images")
-    stop_after(2)
-    command(*SMALL, "-d", folder, "--epochs", 2, "-c", tmp_path / "run")
-    for words in (["--train-batch", 3], ["--iter-size", 2], ["--seed", 5]):
-        result = command("--resume", tmp_path / "run", *words)
-        assert result.status == 2
-        assert result.err.startswith(f"imagenet.py: {words[0]} {words[1]}: ")
-        assert "in the middle of an epoch" in result.err
-    (folder / "train" / "ring" / "0.jpg").rename(folder / "train" / "ring" / "more.jpg")
-    result = command("--resume", tmp_path / "run")
-    assert result.status == 2
-    assert "other images" in result.err
 
 
 # --- networks

@@ -22,11 +22,12 @@ class Scores:
     """Running mean of loss (nats) and accuracies (percent) over images.
 
     Args:
-        sums: those of :func:`batch_sums`, then the number of images that could not be decoded.
+        sums: those of :func:`batch_sums`, then the numbers of images that could not be decoded and of optimizer steps
+            that were skipped.
     """
 
     def __init__(self, sums: list[float] | None = None):
-        self.sums = list(sums or 5 * [0.0])
+        self.sums = list(sums or 6 * [0.0])
 
     def add(self, sums: list[float]) -> None:
         """Add as many sums of later batches."""
@@ -40,6 +41,11 @@ class Scores:
     def bad_images(self) -> int:
         """Images that could not be decoded."""
         return int(self.sums[4])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that the gradient scaler skipped, as gradients in fp16 were not finite."""
+        return int(self.sums[5])
 
     @property
     def loss(self) -> float:

@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors, numbers, strings, lists and dicts, written atomically and read without running code.
+"""Checkpoints: plain tensors, numbers, strings, lists and dicts, read without running code and used only if whole.
 
 A checkpoint of this trainer is a dict with
 
@@ -12,27 +12,33 @@ A checkpoint of this trainer is a dict with
     best_acc     the best validation top-1 so far, percent
     acc          the last one
     sums         the running sums of the unfinished epoch (see utils/accuracy.py)
+    log          the rows of log.txt
     images       fingerprint of the training images, to continue the same shuffle
     rng          states of torch's random generators: {"cpu": tensor, "cuda": [tensor, ...]}
     options      {option: value}, every option that the run resolved
+    versions     {package: version}, with which it was written
 """
 
+import io
 import math
 import os
-import shutil
+import pickletools
+import platform
+import re
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+import torchvision
 
-from utils.errors import BadInput, RunFailed
-from utils.files import write_atomically
-from utils.logger import CURVES, LOG
+from utils.accuracy import Scores
+from utils.errors import BadInput
+from utils.logger import COLUMNS
 
 FORMAT = 1
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-RESULTS = (LAST, BEST, LOG, CURVES)  # what makes a folder hold a run
+PREVIOUS, DAMAGED = "checkpoint.prev.pth.tar", "checkpoint.damaged.pth.tar"
 KEYS = {
     "epoch": int,
     "step": int,
@@ -44,90 +50,163 @@ KEYS = {
     "best_acc": float,
     "acc": float,
     "sums": list,
+    "log": list,
     "images": str,
     "rng": dict,
     "options": dict,
+    "versions": dict,
 }
+# What tensors are made of. There is more that torch would load, such as a bytearray of any size.
+PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch(\.storage)? \w+Storage")
 
 
-def save(checkpoint: dict, folder: Path, is_best: bool) -> None:
-    """Write ``checkpoint.pth.tar``, and before it ``model_best.pth.tar`` where the checkpoint counts on it.
-
-    Raises:
-        RunFailed: a file can't be written; those that were there stand.
-    """
-    for name in (BEST, LAST) if is_best else (LAST,):
-        try:
-            write_atomically(folder / name, lambda file: torch.save({"format": FORMAT, **checkpoint}, file))
-        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
-            reason = str(error).splitlines()[0]
-            raise RunFailed(f"can't write {folder / name}: {reason}; the files that were there stand") from error
+class NotWhole(BadInput):
+    """A checkpoint is damaged or missing; the one before it may do."""
 
 
-def find(path: str) -> Path:
-    """The checkpoint that ``--resume`` names: a file, or the last checkpoint of a run's folder.
+def versions() -> dict[str, str]:
+    """Those on which a run's rounding depends."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+    }
+
+
+def serialize(checkpoint: dict) -> memoryview:
+    """The contents of a checkpoint's file."""
+    stream = io.BytesIO()
+    torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, stream)
+    return stream.getbuffer()
+
+
+def find(path: str) -> tuple[Path, dict]:
+    """The checkpoint that ``--resume`` names, and its file: that file, or the newest of a run's folder that is whole.
 
     Raises:
         BadInput: there is none.
     """
-    file = Path(path, LAST) if os.path.isdir(path) else Path(path)
-    if not os.path.isfile(file):
-        raise BadInput(f"--resume: there is no checkpoint {file}")
-    return file
+    if not os.path.isdir(path):
+        return Path(path), load(Path(path))
+    last, previous = Path(path, LAST), Path(path, PREVIOUS)
+    if not os.path.exists(previous):
+        return last, load(last)
+    try:
+        return last, load(last)
+    except NotWhole as error:
+        saved = load(previous)
+        print(f"{str(error).removeprefix('--resume: ')}\nGoing back to the one before, {previous}")
+        return previous, saved
 
 
 def load(file: Path) -> dict:
-    """Read a checkpoint of this trainer, or the bare weights of another.
+    """Read a checkpoint of this trainer, or of another.
 
     Returns:
-        A checkpoint as above; of another trainer's file, or of a bare state_dict, only ``state_dict``.
+        A checkpoint as above; of another trainer's file, or of a bare state_dict, the ``state_dict``, and ``epoch``,
+        ``best_acc`` and ``optimizer`` where it has them.
 
     Raises:
-        BadInput: it can't be read, or holds something else. Nothing in the file is run.
+        BadInput: it can't be read, or holds something else; NotWhole where that is damage.
     """
+    checkpoint = _read(file)
+    if not isinstance(checkpoint, dict):
+        raise BadInput(f"--resume: {file} holds a {type(checkpoint).__name__}, no checkpoint: give another file")
+    if "format" not in checkpoint:
+        checkpoint = _of_another_trainer(checkpoint)
+    elif checkpoint["format"] != FORMAT:
+        raise BadInput(f"--resume: {file} has format {checkpoint['format']}; this version reads format {FORMAT}")
+    else:
+        wrong = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
+        wrong += [] if wrong else _out_of_bounds(checkpoint)
+        if wrong:
+            raise NotWhole(f"--resume: {file} is damaged: it has no usable {wrong[0]!r}; give another file")
+    state = checkpoint["state_dict"]
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f"--resume: {file} holds no weights: give another file")
+    return checkpoint
+
+
+def _read(file: Path) -> object:
+    """What a file holds. Nothing in it is run, and sizes are checked before there is memory for them.
+
+    Raises:
+        BadInput: it can't be read; NotWhole where the contents are at fault.
+    """
+    if not os.path.isfile(file):
+        raise NotWhole(f"--resume: there is no checkpoint {file}")
     try:
+        if zipfile.is_zipfile(file):
+            _check_archive(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles in other protocols, which are refused below
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(file):  # torch doesn't look at the checksums that it writes
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises nearly every type there is
-        raise BadInput(
+        raise NotWhole(
             f"--resume: {file} is damaged, no checkpoint, or carries code, which is never run: give another file"
         ) from error
-    if not isinstance(checkpoint, dict):
-        raise BadInput(f"--resume: {file} holds a {type(checkpoint).__name__}, no checkpoint: give another file")
-    if "format" in checkpoint:
-        if checkpoint["format"] != FORMAT:
-            raise BadInput(f"--resume: {file} has format {checkpoint['format']}; this version reads format {FORMAT}")
-        wrong = [key for key, kind in KEYS.items() if not isinstance(checkpoint.get(key), kind)]
-        wrong += [] if wrong else _out_of_bounds(checkpoint)
-        if wrong:
-            raise BadInput(f"--resume: {file} is damaged: it has no usable {wrong[0]!r}; give another file")
-    else:
-        state = checkpoint.get("state_dict", checkpoint)
-        checkpoint = {"state_dict": state if isinstance(state, dict) else {}}
-    state = {str(name).removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadInput(f"--resume: {file} holds no weights: give another file")
-    return checkpoint | {"state_dict": state}
+
+
+def _check_archive(file: Path) -> None:
+    """Check what torch.load doesn't: the checksums that it writes, sizes, and what the pickle calls.
+
+    Raises:
+        ValueError: something is not as torch.save writes it.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("it is compressed")
+        if sum(member.file_size for member in members) > os.path.getsize(file):
+            raise ValueError("its parts are larger than the file")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                for operation, argument, _ in pickletools.genops(archive.read(member)):
+                    if operation.name == "GLOBAL" and not PLAIN.fullmatch(argument):
+                        raise ValueError(f"it calls {argument}")
+
+
+def _of_another_trainer(checkpoint: dict) -> dict:
+    """What pytorch-classification's checkpoints, and those like them, have in common with ours; or bare weights."""
+    state = checkpoint.get("state_dict", checkpoint)
+    state = (
+        {str(name).removeprefix("module."): value for name, value in state.items()} if isinstance(state, dict) else {}
+    )
+    known = {"state_dict": state}
+    if type(checkpoint.get("epoch")) is int and checkpoint["epoch"] >= 0:
+        known["epoch"] = checkpoint["epoch"]
+    optimizer = checkpoint.get("optimizer")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict):
+        known["optimizer"] = optimizer
+    return known
+
+
+def _is_a(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which is an int
 
 
 def _out_of_bounds(checkpoint: dict) -> list[str]:
     """Keys of the right type whose values can't be."""
-    sums = checkpoint["sums"]
+
+    def floats(values: object, count: int) -> bool:
+        return isinstance(values, list) and len(values) == count and all(type(value) is float for value in values)
+
     usable = {
         "epoch": checkpoint["epoch"] >= 0,
         "step": checkpoint["step"] >= 0,
         "best_acc": math.isfinite(checkpoint["best_acc"]),
-        "sums": len(sums) in (0, 5) and all(isinstance(value, float) for value in sums),
+        "acc": math.isfinite(checkpoint["acc"]),
+        "sums": floats(checkpoint["sums"], len(Scores().sums)) and all(map(math.isfinite, checkpoint["sums"])),
+        "log": all(floats(row, len(COLUMNS)) for row in checkpoint["log"])
+        and len(checkpoint["log"]) <= checkpoint["epoch"],
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
         "options": checkpoint["options"].get("arch") == checkpoint["arch"],
+        "versions": all(isinstance(text, str) for text in checkpoint["versions"].values()),
     }
     return [key for key, is_usable in usable.items() if not is_usable]
 
@@ -157,93 +236,59 @@ def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:
             f"--resume: {file} has {unfit[0]} as {shapes}: "
             "give the architecture and as many classes as it was trained with"
         )
+    for name, value in own.items():
+        if state[name].dtype != value.dtype:
+            raise BadInput(f"--resume: {file} has {name} in {state[name].dtype}, and the network in {value.dtype}")
+        if not _is_finite(state[name]):
+            raise BadInput(f"--resume: {file} has numbers in {name} that aren't finite; give another file")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # tensors that hold no numbers, of a layout or on a device of their own
         raise BadInput(f"--resume: {file} is damaged: its weights can't be copied; give another file") from error
 
 
-def load_state(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, saved: dict, file: Path) -> None:
-    """Restore what training goes on with besides the weights: optimizer, gradient scaler, random state.
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds numbers, with neither nan nor infinity among them."""
+    return tensor.is_cpu and tensor.layout == torch.strided and bool(tensor.isfinite().all())
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, file: Path) -> None:
+    """Restore momentum; the rates are the command's.
+
+    Raises:
+        BadInput: it doesn't fit the run's parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        momenta = [state["state"][index]["momentum_buffer"] for index in range(len(state["state"]))]
+        if len(momenta) not in (0, len(parameters)):
+            raise ValueError("another number of parameters")
+        for parameter, momentum in zip(parameters, momenta, strict=False):
+            if (momentum.shape, momentum.dtype) != (parameter.shape, parameter.dtype) or not _is_finite(momentum):
+                raise ValueError("momentum of another parameter, or none")
+            # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
+            optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
+    except Exception as error:  # whatever a damaged state_dict leads to
+        raise BadInput(f"--resume: {file} is damaged: its optimizer doesn't fit the run; give another file") from error
+
+
+def load_state(scaler: torch.amp.GradScaler, saved: dict, file: Path) -> None:
+    """Restore what training goes on with besides weights and optimizer: gradient scaler and random state.
 
     Raises:
         BadInput: they don't fit the run.
     """
     try:
-        # The rates are the command's; only the state is the checkpoint's.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-        for parameter, state in optimizer.state.items():
-            if state.keys() != {"momentum_buffer"} or state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError("a state of another parameter")
-            # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
-            state["momentum_buffer"] = torch.empty_like(parameter).copy_(state["momentum_buffer"])
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["cpu"])
         for index, state in enumerate(saved["rng"]["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, index)
-    except Exception as error:  # whatever a damaged state_dict leads to
-        raise BadInput(f"--resume: {file} is damaged: its optimizer or random state doesn't fit the run") from error
+    except Exception as error:  # whatever a damaged state leads to
+        raise BadInput(f"--resume: {file} is damaged: its random state doesn't fit the run") from error
 
 
 def random_state() -> dict:
     """The states of torch's global random generators, which dropout draws from; data has generators of its own."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def check_run_folder(folder: Path, resumed: Path | None, overwrite: bool) -> None:
-    """Refuse a folder in which a run would be lost, or that can't be written.
-
-    Args:
-        resumed: the checkpoint that the run goes on from; its own folder is where it goes on.
-
-    Raises:
-        BadInput: the folder holds another run, or a later checkpoint of this one.
-    """
-    if overwrite:
-        pass
-    elif resumed is not None and resumed.parent.resolve() == folder.resolve():
-        if resumed.name != LAST and os.path.exists(folder / LAST):
-            raise BadInput(
-                f"--resume: going on from {resumed} would replace the later {LAST} beside it: "
-                "write elsewhere with -c DIR, or replace it with --overwrite"
-            )
-    elif any(os.path.exists(folder / name) for name in RESULTS):
-        raise BadInput(
-            f"--checkpoint: {folder} already holds a run: go on with it by --resume {folder}, replace it "
-            "by --overwrite, or write elsewhere with -c DIR"
-        )
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise BadInput(f"--checkpoint: can't write to {folder}: {existing} is no folder that you can write to")
-
-
-def open_run_folder(folder: Path) -> None:
-    """Make the folder, and clear the temporary files of a process that was killed in it.
-
-    Raises:
-        BadInput: it can't be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in RESULTS:
-            for leftover in folder.glob(f".{name}.*"):
-                leftover.unlink()
-    except OSError as error:
-        raise BadInput(f"--checkpoint: can't write to {folder}: {error.strerror}") from error
-
-
-def clear_results(folder: Path, resumed: Path | None) -> None:
-    """Make way for the first results of a run that starts in this folder; one that branches off brings its best along.
-
-    Args:
-        resumed: the checkpoint in another folder that the run goes on from, if any.
-    """
-    for name in RESULTS:
-        (folder / name).unlink(missing_ok=True)
-    if resumed is not None:
-        best = resumed.with_name(BEST) if resumed.name == LAST else resumed
-        if best.exists():
-            shutil.copyfile(best, folder / BEST)

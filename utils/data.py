@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import BadInput, RunFailed
 from utils.images import decode, random_resized_crop, resized_center_crop
+from utils.signals import ENDING, REQUESTS, ignore
 
 # ImageNet's, of pixels in 0..1
 MEAN = (0.485, 0.456, 0.406)
@@ -279,8 +280,7 @@ def _collate(samples: list[Sample]) -> Batch:
 def _start_worker(worker: int) -> None:
     """A signal to the whole process group is the main process's to answer; workers end with it, without a word."""
     sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    ignore(ENDING + REQUESTS)
 
 
 def end_workers() -> None:

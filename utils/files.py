@@ -1,5 +1,7 @@
 """Writing files that are whole or not there at all."""
 
+import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Callable
@@ -7,15 +9,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
     """Write a file through a temporary one in its folder: flushed, synced, then renamed over ``path``.
 
     Args:
-        path: replaced only when everything is written.
+        path: replaced only when everything is written; at no moment is it missing.
         write: is given the open binary file.
+        previous: another name in the same folder, by which what ``path`` was stays.
 
     Raises:
-        OSError: the folder is full or can't be written; ``path`` is as it was.
+        OSError: the folder is full or can't be written; ``path`` is as it was, or already whole and new.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -27,10 +30,38 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; a run's are like any other
+        if previous is not None:
+            _link(path, previous)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            os.unlink(temporary)
         raise
+    _sync_folder(path.parent)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give the file another name as well; a file system without hard links has to do without."""
+    temporary = name.with_name(f".{name.name}.link")
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        os.link(path, temporary)
+        os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # replace() leaves it where both are the same file
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename lasts through a loss of power only when the folder is on the disk as well."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that can't sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def append_text(path: Path, text: str, anew: bool = False) -> None:

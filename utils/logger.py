@@ -1,12 +1,12 @@
 """log.txt, one tab-separated row for each epoch, and log.png, its curves."""
 
+import io
 from itertools import pairwise
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from utils.errors import BadInput
-from utils.files import write_atomically
 
 LOG, CURVES = "log.txt", "log.png"
 COLUMNS = (
@@ -19,6 +19,7 @@ COLUMNS = (
     "Valid Acc.5",
     "Epoch",
     "Bad Images",
+    "Skipped Steps",
 )
 SPLITS = {"Train": "training", "Valid": "validation"}
 
@@ -41,30 +42,31 @@ def read_log(file: Path) -> list[dict[str, float]]:
 
 
 class Logger:
-    """The log of a run in ``folder``.
+    """The log of a run.
 
     Args:
-        folder: the run's.
         title: of the curves.
-        rows: those of an earlier leg of the run.
+        rows: those of an earlier leg of the run, each in the order of COLUMNS.
     """
 
-    def __init__(self, folder: Path, title: str, rows: list[dict[str, float]] | None = None):
-        self.folder, self.title, self.rows = folder, title, rows or []
+    def __init__(self, title: str, rows: list[list[float]]):
+        self.title, self.rows, self.changed = title, rows, True
 
     def append(self, *values: float) -> None:
         """Add an epoch's row, values in the order of COLUMNS."""
-        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+        self.rows.append([float(value) for value in values])
+        self.changed = True
 
-    def write(self) -> None:
-        """Write the log, and its curves where there are any."""
-        if not self.rows:
-            return
-        lines = ["\t".join(COLUMNS)]
-        lines += ["\t".join(f"{row[name]:.6g}" for name in COLUMNS) for row in self.rows]
-        write_atomically(self.folder / LOG, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-        figure = draw_curves(self.rows, self.title)
-        write_atomically(self.folder / CURVES, lambda file: figure.savefig(file, format="png", dpi=120))
+    def changes(self) -> dict[str, bytes]:
+        """The contents of the log and of its curves, unless they are as they were at the last call."""
+        if not (self.rows and self.changed):
+            return {}
+        self.changed = False
+        lines = ["\t".join(COLUMNS), *("\t".join(f"{value:.6g}" for value in row) for row in self.rows)]
+        picture = io.BytesIO()
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
+        draw_curves(rows, self.title).savefig(picture, format="png", dpi=120)
+        return {LOG: "".join(f"{line}\n" for line in lines).encode(), CURVES: picture.getvalue()}
 
 
 def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:

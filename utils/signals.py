@@ -1,16 +1,25 @@
-"""Stopping by a signal between two optimizer steps, with nothing lost."""
+"""Signals, answered between two optimizer steps, with nothing lost."""
 
 import os
 import signal
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+REQUESTS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))  # Windows has none
+
 
 class Stop:
-    """Remembers SIGINT or SIGTERM until the loop asks; a second signal ends the process at once."""
+    """Remembers SIGINT or SIGTERM until the loop asks; a second one ends the process at once.
+
+    ``save`` is set by SIGUSR1: to save and to go on.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.save = False
+        for number in ENDING:
             signal.signal(number, self._handle)
+        for number in REQUESTS:
+            signal.signal(number, self._request)
 
     def __bool__(self) -> bool:
         return self.number > 0
@@ -25,3 +34,12 @@ class Stop:
         self.number = number
         # print() isn't allowed here: the signal may have come in the middle of another print.
         os.write(2, b"\nFinishing the optimizer step, then saving; a second signal stops at once\n")
+
+    def _request(self, number: int, frame: object) -> None:
+        self.save = True
+
+
+def ignore(numbers: tuple[signal.Signals, ...]) -> None:
+    """Let signals that would end the process pass by."""
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)

@@ -23,8 +23,9 @@ def test_sums_against_sorting(classes):
 def test_scores_are_means_over_images():
     scores = Scores()
     assert (scores.loss, scores.top1, scores.images) == (0, 0, 0)
-    scores.add([6.0, 1, 2, 3, 1])
-    scores.add([2.0, 1, 1, 1, 0])
+    scores.add([6.0, 1, 2, 3, 1, 1])
+    scores.add([2.0, 1, 1, 1, 0, 0])
     assert (scores.loss, scores.top1, scores.top5, scores.images, scores.bad_images) == (2, 50, 75, 4, 1)
+    assert scores.skipped_steps == 1
     assert str(scores) == "loss 2.0000  top-1 50.00  top-5 75.00"
     assert Scores(scores.sums).loss == 2

@@ -1,5 +1,7 @@
 """log.txt and its curves."""
 
+import io
+
 import pytest
 from PIL import Image
 
@@ -8,23 +10,22 @@ from utils.logger import COLUMNS, Logger, draw_curves, read_log
 
 
 def test_rows_go_and_come_back(tmp_path):
-    logger = Logger(tmp_path, "title")
-    logger.append(0.1, 2.3025851, 2.2, 10.5, 11.25, 50, 60, 1, 0)
-    logger.append(1e-05, 2.1, 2.0, 20, 21, 70, 80, 2, 5)
-    logger.write()
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert (
-        lines[0]
-        == "Learning Rate\tTrain Loss\tValid Loss\tTrain Acc.\tValid Acc.\tTrain Acc.5\tValid Acc.5\tEpoch\tBad Images"
-    )
-    assert lines[1] == "0.1\t2.30259\t2.2\t10.5\t11.25\t50\t60\t1\t0"
-    rows = read_log(tmp_path / "log.txt")
-    assert [row["Learning Rate"] for row in rows] == [0.1, 1e-05]
-    again = Logger(tmp_path, "title", rows)
-    again.append(1e-06, 2, 2, 20, 21, 70, 80, 3, 0)
-    again.write()
-    assert (tmp_path / "log.txt").read_text().splitlines()[:3] == lines
-    with Image.open(tmp_path / "log.png") as picture:
+    logger = Logger("title", [])
+    assert logger.changes() == {}
+    logger.append(0.1, 2.3025851, 2.2, 10.5, 11.25, 50, 60, 1, 0, 0)
+    logger.append(1e-05, 2.1, 2.0, 20, 21, 70, 80, 2, 5, 3)
+    files = logger.changes()
+    assert logger.changes() == {}
+    lines = files["log.txt"].decode().splitlines()
+    names = "Learning Rate,Train Loss,Valid Loss,Train Acc.,Valid Acc.,Train Acc.5,Valid Acc.5,Epoch,Bad Images"
+    assert lines[0].split("\t") == [*names.split(","), "Skipped Steps"]
+    assert lines[1] == "0.1\t2.30259\t2.2\t10.5\t11.25\t50\t60\t1\t0\t0"
+    (tmp_path / "log.txt").write_bytes(files["log.txt"])
+    assert [row["Learning Rate"] for row in read_log(tmp_path / "log.txt")] == [0.1, 1e-05]
+    again = Logger("title", logger.rows)
+    again.append(1e-06, 2, 2, 20, 21, 70, 80, 3, 0, 0)
+    assert again.changes()["log.txt"].decode().splitlines()[:3] == lines
+    with Image.open(io.BytesIO(files["log.png"])) as picture:
         assert picture.size[0] > 800
 
 
