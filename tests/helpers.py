@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from utils.accuracy import Scores
 from utils.demo import draw
+from utils.logger import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 # A network of 1.4 M parameters for tests that are not about l_*: small checkpoints, quick steps.
@@ -50,3 +52,27 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+def tiny_checkpoint(epoch: int = 1) -> dict:
+    """The smallest checkpoint that has everything: of a linear layer after some epochs."""
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return {
+        "epoch": epoch,
+        "step": 0,
+        "arch": "linear",
+        "classes": ["a", "b", "c"],
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": {},
+        "best_acc": 50.0,
+        "acc": 40.0,
+        "sums": Scores().sums,
+        "log": [[float(number)] * len(COLUMNS) for number in range(epoch)],
+        "images": "fingerprint",
+        "rng": {"cpu": torch.get_rng_state(), "cuda": []},
+        "options": {"arch": "linear", "lr": 0.1, "schedule": [1, 2], "data": None},
+    }

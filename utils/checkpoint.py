@@ -157,8 +157,9 @@ def _check_archive(file: Path) -> None:
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise ValueError("it is compressed")
+        # torch takes a member with the attribute of a folder for one, and leaves what was in its memory.
+        if any(member.compress_type != zipfile.ZIP_STORED or member.external_attr for member in members):
+            raise ValueError("it is compressed, or has folders")
         if sum(member.file_size for member in members) > os.path.getsize(file):
             raise ValueError("its parts are larger than the file")
         damaged = archive.testzip()
@@ -206,6 +207,7 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         and len(checkpoint["log"]) <= checkpoint["epoch"],
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
         "options": checkpoint["options"].get("arch") == checkpoint["arch"],
+        "optimizer": isinstance(checkpoint["optimizer"].get("state"), dict),
         "versions": all(isinstance(text, str) for text in checkpoint["versions"].values()),
     }
     return [key for key, is_usable in usable.items() if not is_usable]
@@ -260,6 +262,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, file: Path) ->
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
+        if not all(isinstance(entry, dict) for entry in state["state"].values()):
+            raise ValueError("not by parameters")
         momenta = [state["state"][index]["momentum_buffer"] for index in range(len(state["state"]))]
         if len(momenta) not in (0, len(parameters)):
             raise ValueError("another number of parameters")
