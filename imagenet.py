@@ -95,23 +95,47 @@ def main() -> int:
 def run(argv: list[str]) -> int:
     """One command, from its arguments to its last line; returns the exit status."""
     args, saved, file = parse(argv)
-    training = not args.evaluate and args.export is None
-    folder = Path(args.checkpoint)
-    own = bool(saved) and "options" in saved  # a checkpoint of this trainer
-    if training and saved and saved.get("epoch", 0) >= args.epochs:
-        print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
-        return 0
-    if training:
-        run_folder = RunFolder(folder, file if own else None, own and os.path.isfile(args.resume), args.overwrite)
+    if args.export is not None:
+        return export(args, saved, file)
+    if not args.evaluate:
+        if saved and saved.get("epoch", 0) >= args.epochs:
+            print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
+            return 0
+        own = file if saved and "options" in saved else None  # another trainer's folder isn't ours to go on in
+        chosen = own is not None and os.path.isfile(args.resume)
+        run_folder = RunFolder(Path(args.checkpoint), own, chosen, args.overwrite)
     devices = choose_devices(args.gpu_id)
     if args.compile and len(devices) > 1:
         raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
     torch.backends.cudnn.benchmark = True
+    folders = open_data(args, saved, file)
+    train = len(folders[TRAIN]) if TRAIN in folders else 0
+    order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
+    if not args.evaluate and order.steps == 0:
+        raise BadInput(
+            f"--train-batch {args.train_batch} x --iter-size {args.iter_size}: more than the {train} training images; "
+            "lower one"
+        )
+    model = build_model(args, len(folders[VAL].classes), devices, saved, file)
+    if args.evaluate:
+        batches = load(folders, order.validation(), args.workers, devices[0], args.skip_bad_images)
+        progress = Progress("Validate", order.val_batches, args.test_batch)
+        scores = evaluate(model, devices, batches, mixed_precision(args.amp, devices), args.compile, progress)
+        print(f"{file or args.arch}: {scores} over {scores.images} images{left_out(scores)}")
+        return 0
+    describe_steps(args, order)
+    training = Training(args, model, devices, folders, order, run_folder)
+    if saved:
+        training.restore(saved, file)
+    with run_folder:
+        resolved = as_words(training.options | {"checkpoint": args.checkpoint, "resume": args.resume})
+        text = f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n"
+        append_text(run_folder.folder / COMMAND, text, anew=run_folder.begins)
+        return training.run()
 
-    if args.export is not None:
-        return export(args, saved, file)
 
-    # Data
+def open_data(args: argparse.Namespace, saved: dict | None, file: Path | None) -> dict[str, ImageFolder]:
+    """The folders of images that the command needs; with --demo, drawn first."""
     if args.demo and not os.path.exists(args.data):
         print(f"Drawing the demo data into {args.data}")
         try:
@@ -119,169 +143,200 @@ def run(argv: list[str]) -> int:
         except OSError as error:
             raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
     start = time.monotonic()
-    val_set = ImageFolder(Path(args.data, VAL), args.image_size)
-    classes = val_set.classes
+    folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
+    classes = folders[VAL].classes
     if saved and saved.get("classes", classes) != classes:
         raise BadInput(f"--data: the classes in {args.data} are not those that {file} was trained on")
-    if training:
-        train_set = ImageFolder(Path(args.data, TRAIN), args.image_size, args.seed, args.skip_bad_images)
-        check_same_classes(train_set, val_set)
-    images = len(train_set) if training else 0
-    order = Order(images, len(val_set), args.train_batch, args.test_batch, args.iter_size, args.seed)
-    if training and order.steps == 0:
-        raise BadInput(
-            f"--train-batch {args.train_batch} x --iter-size {args.iter_size}: more than the {images} training images; "
-            "lower one"
-        )
-    listed = time.monotonic() - start
+    if not args.evaluate:
+        folders[TRAIN] = ImageFolder(Path(args.data, TRAIN), args.image_size, args.seed, args.skip_bad_images)
+        check_same_classes(folders[TRAIN], folders[VAL])
+    counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in folders.items())
+    print(f"Images: {counts}, {len(classes)} classes; listed in {time.monotonic() - start:.1f} s")
+    return folders
 
-    # Network
+
+def build_model(
+    args: argparse.Namespace, classes: int, devices: list[torch.device], saved: dict | None, file: Path | None
+) -> nn.Module:
+    """The network with the weights to begin with, on the first device."""
     torch.manual_seed(args.seed)
-    model = create_model(args, len(classes), args.pretrained and not saved)
-    batch = math.ceil(args.train_batch / len(devices)) if training else args.test_batch
+    model = create_model(args, classes, args.pretrained and not saved)
+    batch = args.test_batch if args.evaluate else math.ceil(args.train_batch / len(devices))
     try:
-        models.check_input(model, batch, args.image_size, training)
+        models.check_input(model, batch, args.image_size, training=not args.evaluate)
     except ValueError as error:
         raise BadInput(f"--image-size {args.image_size}: {args.arch} refuses a batch of {batch}: {error}") from error
     if saved:
         checkpoints.load_weights(model, saved["state_dict"], file)
-    model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    amp_type = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(devices[0].type, amp_type, enabled=args.amp != "off")
     print(f"{args.arch}: {describe_excitation(model)}")
     if args.excitation in ("we", "mwe") and args.formulation == "channel" and models.has_batch_norm(model):
         print("BatchNorm divides out what a gate on whole output channels multiplies: --formulation paper suits it")
     print(f"Devices: {describe(devices)}; {args.workers} workers; amp {args.amp}")
-    if args.evaluate:
-        batches = load({VAL: val_set}, order.validation(), args.workers, devices[0], args.skip_bad_images)
-        progress = Progress("Validate", order.val_batches, args.test_batch)
-        scores = evaluate(model, devices, batches, autocast, args.compile, progress)
-        print(f"{file or args.arch}: {scores} over {scores.images} images{left_out(scores)}")
-        return 0
-    network = data_parallel(model, devices)
-    if args.compile:
-        model.compile()
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
-    print(
-        f"Data: {len(train_set):,} training and {len(val_set):,} validation images, {len(classes)} classes; "
-        f"listed in {listed:.1f} s"
-    )
-    describe_steps(args, order)
+    return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
-    # Where to begin
-    epoch, step, best_acc, acc, scores, rows = args.start_epoch, 0, -1.0, -1.0, Scores(), []
-    digest = train_set.digest()
-    if saved:
-        epoch = saved.get("epoch", epoch)
+
+class Training:
+    """A run: the state that a checkpoint holds, and the way from it to the last epoch."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        devices: list[torch.device],
+        folders: dict[str, ImageFolder],
+        order: Order,
+        run_folder: RunFolder,
+    ):
+        self.args, self.model, self.devices, self.folders, self.order = args, model, devices, folders, order
+        self.run_folder = run_folder
+        self.options = {name: value for name, value in vars(args).items() if name not in ONCE}
+        self.images = folders[TRAIN].digest()
+        self.network = data_parallel(model, devices)
+        if args.compile:
+            model.compile()
+        sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
+        self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
+        self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
+        self.autocast = mixed_precision(args.amp, devices)
+        self.logger = Logger(f"{args.arch}, excitation {args.excitation} ({args.formulation})")
+        self.epoch, self.step = args.start_epoch, 0
+        self.acc = self.best_acc = -1.0
+        self.scores = Scores()
+        self.stop = Stop()
+
+    def restore(self, saved: dict, file: Path) -> None:
+        """Go on from a checkpoint, as far as it tells, whose weights the model has."""
+        self.epoch = saved.get("epoch", self.epoch)
         if "optimizer" in saved:
-            checkpoints.load_optimizer(optimizer, saved["optimizer"], file)
-        if own:
-            step, best_acc, acc, scores, rows = (saved[key] for key in ("step", "best_acc", "acc", "sums", "log"))
-            scores = Scores(scores)
-            if step > 0:
-                check_same_order(args, saved, file, digest, order.steps)
-            checkpoints.load_state(scaler, saved, file)
+            checkpoints.load_optimizer(self.optimizer, saved["optimizer"], file)
+        if "options" in saved:
+            self.step, self.acc, self.best_acc = (saved[key] for key in ("step", "acc", "best_acc"))
+            self.scores, self.logger.rows = Scores(saved["sums"]), saved["log"]
+            if self.step > 0:
+                check_same_order(self.args, saved, file, self.images, self.order.steps)
+            checkpoints.load_state(self.scaler, saved, file)
         describe_start(saved, file)
-    kept = {name: value for name, value in vars(args).items() if name not in ONCE}
-    logger = Logger(f"{args.arch}, excitation {args.excitation} ({args.formulation})", rows)
 
-    with run_folder:
-        resolved = as_words(kept | {"checkpoint": args.checkpoint, "resume": args.resume})
-        text = f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n"
-        append_text(folder / COMMAND, text, anew=run_folder.begins)
-        stop = Stop()
-        keys = order.run(epoch, step, args.epochs)
-        batches = load({TRAIN: train_set, VAL: val_set}, keys, args.workers, devices[0], args.skip_bad_images)
+    def save(self, is_best: bool = False) -> None:
+        """Write checkpoint and log; where that fails, say so, and leave it to the next save."""
+        self.stop.save = False
+        checkpoint = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "arch": self.args.arch,
+            "classes": self.folders[TRAIN].classes,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best_acc": self.best_acc,
+            "acc": self.acc,
+            "sums": self.scores.sums,
+            "log": self.logger.rows,
+            "images": self.images,
+            "rng": checkpoints.random_state(),
+            "options": self.options,
+        }
+        names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
+        self.run_folder.save(self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
+        if self.run_folder.failure:
+            print(f"\n{self.run_folder.failure}; the next save tries again", file=sys.stderr)
 
-        def save(is_best: bool = False) -> None:
-            stop.save = False
-            checkpoint = {
-                "epoch": epoch,
-                "step": step,
-                "arch": args.arch,
-                "classes": classes,
-                "state_dict": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best_acc": best_acc,
-                "acc": acc,
-                "sums": scores.sums,
-                "log": logger.rows,
-                "images": digest,
-                "rng": checkpoints.random_state(),
-                "options": kept,
-            }
-            names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
-            run_folder.save(logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
-            if run_folder.failure:
-                print(f"\n{run_folder.failure}; the next save tries again", file=sys.stderr)
+    def interrupted(self) -> bool:
+        """Answer the signals that came; whether to end."""
+        if self.stop.save:
+            self.save()
+        return bool(self.stop)
 
-        def interrupted() -> bool:
-            if stop.save:
-                save()
-            return bool(stop)
-
-        if not run_folder.begins:
-            run_folder.save(logger.changes())  # without the rows that came after the checkpoint
-        while epoch < args.epochs:
-            lr = learning_rate(args.lr, args.gamma, args.schedule, epoch)
-            for group in optimizer.param_groups:
+    def run(self) -> int:
+        """Train and validate to the last epoch or a signal; returns the exit status."""
+        args = self.args
+        if not self.run_folder.begins:
+            self.run_folder.save(self.logger.changes())  # without the rows that came after the checkpoint
+        keys = self.order.run(self.epoch, self.step, args.epochs)
+        batches = load(self.folders, keys, args.workers, self.devices[0], args.skip_bad_images)
+        while self.epoch < args.epochs:
+            start = time.monotonic()
+            label = f"Epoch {self.epoch + 1}/{args.epochs}"
+            lr = learning_rate(args.lr, args.gamma, args.schedule, self.epoch)
+            for group in self.optimizer.param_groups:
                 group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-            label = f"Epoch {epoch + 1}/{args.epochs}"
-            progress = Progress(label, order.steps * args.iter_size, args.train_batch, step * args.iter_size)
-            micro_batches = progress.track(whole(islice(batches, progress.batches - progress.done), args.train_batch))
-            network.train()
-            ended = False
-            while step < order.steps and not ended:
-                group = islice(micro_batches, args.iter_size)
-                try:
-                    sums = train_step(network, group, args.iter_size, optimizer, scaler, autocast, args.compile)
-                except NotFinite as error:
-                    images = list(islice(order.training(epoch, step), args.iter_size))[error.micro_batches]
-                    names = [train_set.path(index) for batch in images for *_, index in batch]
-                    where = f"{label}, step {step + 1}, learning rate {lr:g}"
-                    raise RunFailed(f"{where}: {error}; {blame(names, folder)}") from error
-                scores.add(sums)
-                step += 1
-                progress.scores = str(scores)
-                if args.save_freq and step % args.save_freq == 0:
-                    save()
-                ended = interrupted()
-            next(micro_batches, None)  # there is none; the last one is now counted as done
-            if not ended:
-                progress_val = Progress("Validate", order.val_batches, args.test_batch)
-                valid = evaluate(model, devices, batches, autocast, args.compile, progress_val, interrupted)
-            if stop:
-                save()
-                if run_folder.failure:
-                    raise RunFailed(f"stopped by {stop.name}, and {run_folder.failure}; the last checkpoint stands")
-                print(f"Stopped by {stop.name} in epoch {epoch + 1} after {step} of {order.steps} steps; go on with")
-                print(f"  {command([f'--resume={args.checkpoint}'])}")
-                return 128 + stop.number
+            if not self.train(label, batches):
+                progress = Progress("Validate", self.order.val_batches, args.test_batch)
+                valid = evaluate(
+                    self.model, self.devices, batches, self.autocast, args.compile, progress, self.interrupted
+                )
+            if self.stop:
+                return self.end_by_signal()
             if not math.isfinite(valid.loss):
                 raise RunFailed(
                     f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}; the last checkpoint, if "
                     "there is one, stands: start from there with a lower --lr"
                 )
-            acc = valid.top1
-            is_best = acc > best_acc
-            best_acc = max(acc, best_acc)
-            epoch, step, trained, scores = epoch + 1, 0, scores, Scores()
-            bad = trained.bad_images + valid.bad_images
+            trained, self.scores = self.scores, Scores()
+            self.acc, is_best = valid.top1, valid.top1 > self.best_acc
+            self.best_acc = max(valid.top1, self.best_acc)
+            self.epoch, self.step = self.epoch + 1, 0
             accuracies = trained.top1, valid.top1, trained.top5, valid.top5
-            logger.append(lr, trained.loss, valid.loss, *accuracies, epoch, bad, trained.skipped_steps)
-            save(is_best)
-            took = timedelta(seconds=round(progress.seconds))
+            bad = trained.bad_images + valid.bad_images
+            self.logger.append(lr, trained.loss, valid.loss, *accuracies, self.epoch, bad, trained.skipped_steps)
+            self.save(is_best)
+            took = timedelta(seconds=round(time.monotonic() - start))
             print(f"{label}  lr {lr:.4g}  train {trained}{skipped(trained)}  valid {valid}{left_out(valid)}  {took}")
-        if run_folder.failure:
-            raise RunFailed(f"{run_folder.failure}: the run has ended, and this is not saved")
+        if self.run_folder.failure:
+            raise RunFailed(f"{self.run_folder.failure}: the run has ended, and this is not saved")
+        folder = self.run_folder.folder
+        print(f"Best top-1 {self.best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
+        if args.demo:
+            print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
+            print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
+        return 0
 
-    print(f"Best top-1 {best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
-    if args.demo:
-        print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
-        print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
-    return 0
+    def train(self, label: str, batches: Iterator[Batch]) -> bool:
+        """Train to the end of the epoch or to a signal; whether it was a signal."""
+        args, steps = self.args, self.order.steps
+        progress = Progress(label, steps * args.iter_size, args.train_batch, self.step * args.iter_size)
+        micro_batches = progress.track(whole(islice(batches, progress.batches - progress.done), args.train_batch))
+        self.network.train()
+        ended = False
+        while self.step < steps and not ended:
+            group = islice(micro_batches, args.iter_size)
+            try:
+                sums = train_step(
+                    self.network, group, args.iter_size, self.optimizer, self.scaler, self.autocast, args.compile
+                )
+            except NotFinite as error:
+                raise RunFailed(f"{label}, step {self.step + 1}, {error}; {self.blame(error.micro_batches)}") from error
+            self.scores.add(sums)
+            self.step += 1
+            progress.scores = str(self.scores)
+            if args.save_freq and self.step % args.save_freq == 0:
+                self.save()
+            ended = self.interrupted()
+        next(micro_batches, None)  # there is none; the last one is now counted as done
+        return ended
+
+    def blame(self, micro_batches: slice) -> str:
+        """The images of micro-batches of the step that ended the run, in a few words, and all of them in a file."""
+        batches = list(islice(self.order.training(self.epoch, self.step), self.args.iter_size))[micro_batches]
+        names = [self.folders[TRAIN].path(index) for batch in batches for *_, index in batch]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        text = f"its images are {', '.join(names[:3])}{more}"
+        file = self.run_folder.folder / NOT_FINITE
+        with contextlib.suppress(OSError):
+            lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
+            write_atomically(file, lambda stream: stream.write(lines))
+            text += f" ({file})" if more else ""
+        return f"{text}; the last checkpoint, if there is one, stands: start from there with a lower --lr"
+
+    def end_by_signal(self) -> int:
+        """Save, and say how to go on; returns the exit status."""
+        self.save()
+        name = self.stop.name
+        if self.run_folder.failure:
+            raise RunFailed(f"stopped by {name}, and {self.run_folder.failure}; the last checkpoint stands")
+        print(f"Stopped by {name} in epoch {self.epoch + 1} after {self.step} of {self.order.steps} steps; go on with")
+        print(f"  {command([f'--resume={self.args.checkpoint}'])}")
+        return 128 + self.stop.number
 
 
 def whole(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -306,7 +361,7 @@ def train_step(
     Raises:
         NotFinite: before the weights are touched.
     """
-    like = next(network.parameters())
+    like, lr = next(network.parameters()), optimizer.param_groups[0]["lr"]
     sums, losses, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), [], 0
     with excited_once(network, compiled):
         for images, targets, bad, _ in micro_batches:
@@ -322,10 +377,12 @@ def train_step(
     *losses, norm, loss, top1, top5, images = torch.cat([torch.stack([*losses, norm]), sums]).tolist()  # the one read
     for index, value in enumerate(losses):
         if not math.isfinite(value):
-            raise NotFinite(f"the loss is {value}", slice(index, index + 1))
+            raise NotFinite(f"learning rate {lr:g}: the loss is {value}", slice(index, index + 1))
     is_finite = math.isfinite(norm)
-    if not is_finite and not scaler.is_enabled():
-        raise NotFinite(f"the loss is {sum(losses) / iter_size:.4g} and the gradient's norm {norm}", slice(None))
+    # A loss scale that small is no longer what makes gradients overflow in fp16.
+    if not is_finite and (not scaler.is_enabled() or scaler.get_scale() < 2**-10):
+        text = f"learning rate {lr:g}: the loss is {sum(losses) / iter_size:.4g} and the gradient's norm {norm}"
+        raise NotFinite(text, slice(None))
     if is_finite:  # a fused optimizer that skips its very first step would keep momentum that was never set
         scaler.step(optimizer)
     scaler.update()
@@ -412,6 +469,11 @@ def data_parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
 
 
+def mixed_precision(amp: str, devices: list[torch.device]) -> torch.autocast:
+    """The types of --amp for a forward pass."""
+    return torch.autocast(devices[0].type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+
+
 def learning_rate(initial: float, gamma: float, schedule: list[int], epoch: int) -> float:
     """initial * gamma^(milestones passed): a function of the epoch, so resuming can't lose a drop."""
     return initial * gamma ** sum(epoch >= milestone for milestone in schedule)
@@ -464,17 +526,6 @@ def describe_start(saved: dict, file: Path) -> None:
     known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
     print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
     print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
-
-
-def blame(names: list[str], folder: Path) -> str:
-    """The images of a step that ended the run, in a few words, and all of them in a file."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    text = f"its images are {', '.join(names[:3])}{more}"
-    with contextlib.suppress(OSError):
-        lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-        write_atomically(folder / NOT_FINITE, lambda file: file.write(lines))
-        text += f" ({folder / NOT_FINITE})" * bool(more)
-    return f"{text}; the last checkpoint, if there is one, stands: start from there with a lower --lr"
 
 
 def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str, steps: int) -> None:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import models
-from benchmarks import excitation, measure, memory, pipeline
+from benchmarks import excitation, measure, memory, pipeline, saving
 
 
 def cells(line: str) -> list[str]:
@@ -58,3 +58,15 @@ def test_pipeline(monkeypatch, capsys):
     assert all(float(row[1]) > 0 for row in rows if row[0] == "1" or row[0].startswith(("training", "validation")))
     assert [row[0] for row in rows[-4:]] == ["12 files in 3 classes", "---", "torchvision's ImageFolder", "this"]
     assert any("% of a training step of" in line for line in lines)
+
+
+def test_saving(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", f"saving -a l_resnet18 --seconds 0 --folder {tmp_path}".split())
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 1)
+    saving.main()
+    header, _, *rows = (cells(line) for line in capsys.readouterr().out.splitlines() if line)
+    assert header == ["l_resnet18, 95 MB", "s", "over the plain one", "of a minute"]
+    assert len(rows) == 5
+    assert [bool(row[2]) for row in rows] == [False, True, False, True, False]
+    for row in rows:
+        assert float(row[3].removesuffix(" %")) == pytest.approx(100 * float(row[1]) / 60, abs=0.01)

@@ -210,9 +210,10 @@ def test_evaluation_of_another_trainers_weights(command, images, tmp_path):
     assert gates.status == 2
     assert "--excitation none" in gates.err
     assert command(*words, "--excitation", "none").status == 0
-    trained = command(*TINY, "-d", images, "--resume", file, "--excitation", "none")
-    assert trained.status == 2
-    assert "of another trainer" in trained.err
+    exported = command(*TINY, "-d", images, "--resume", file, "--export", tmp_path / "plain.pth")
+    assert exported.status == 2
+    assert "of another trainer" in exported.err
+    assert not (tmp_path / "plain.pth").exists()
 
 
 def test_high_learning_rate_is_named(command, images, tmp_path):

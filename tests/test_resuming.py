@@ -436,6 +436,20 @@ def test_steps_that_fp16_skips_are_counted(command, images, tmp_path, monkeypatc
     assert all(math.isfinite(row["Train Loss"]) for row in rows)
 
 
+def test_fp16_does_not_skip_for_ever(command, images, tmp_path, monkeypatch):
+    forward = imagenet.forward
+
+    def failing(*inputs):
+        loss, sums = forward(*inputs)
+        return (loss + (loss - loss.detach()).sqrt() if loss.requires_grad else loss), sums
+
+    monkeypatch.setattr(imagenet, "forward", failing)
+    result = command(*TINY, "-d", images, "--epochs", 20, "--amp", "fp16", "-c", tmp_path)
+    assert result.status == 1
+    assert "Epoch 9/20, step 3, " in result.err  # a scale of 2^16 halved 27 times
+    assert "norm" in result.err
+
+
 # --- two runs in one folder
 
 

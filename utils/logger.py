@@ -42,15 +42,15 @@ def read_log(file: Path) -> list[dict[str, float]]:
 
 
 class Logger:
-    """The log of a run.
+    """The log of a run: ``rows``, each in the order of COLUMNS.
 
     Args:
         title: of the curves.
-        rows: those of an earlier leg of the run, each in the order of COLUMNS.
     """
 
-    def __init__(self, title: str, rows: list[list[float]]):
-        self.title, self.rows, self.changed = title, rows, True
+    def __init__(self, title: str):
+        self.title, self.changed = title, True
+        self.rows: list[list[float]] = []
 
     def append(self, *values: float) -> None:
         """Add an epoch's row, values in the order of COLUMNS."""

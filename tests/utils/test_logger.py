@@ -10,7 +10,7 @@ from utils.logger import COLUMNS, Logger, draw_curves, read_log
 
 
 def test_rows_go_and_come_back(tmp_path):
-    logger = Logger("title", [])
+    logger = Logger("title")
     assert logger.changes() == {}
     logger.append(0.1, 2.3025851, 2.2, 10.5, 11.25, 50, 60, 1, 0, 0)
     logger.append(1e-05, 2.1, 2.0, 20, 21, 70, 80, 2, 5, 3)
@@ -22,7 +22,8 @@ def test_rows_go_and_come_back(tmp_path):
     assert lines[1] == "0.1\t2.30259\t2.2\t10.5\t11.25\t50\t60\t1\t0\t0"
     (tmp_path / "log.txt").write_bytes(files["log.txt"])
     assert [row["Learning Rate"] for row in read_log(tmp_path / "log.txt")] == [0.1, 1e-05]
-    again = Logger("title", logger.rows)
+    again = Logger("title")
+    again.rows = logger.rows
     again.append(1e-06, 2, 2, 20, 21, 70, 80, 3, 0, 0)
     assert again.changes()["log.txt"].decode().splitlines()[:3] == lines
     with Image.open(io.BytesIO(files["log.png"])) as picture:
