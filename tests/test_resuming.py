@@ -446,7 +446,7 @@ def test_fp16_does_not_skip_for_ever(command, images, tmp_path, monkeypatch):
     monkeypatch.setattr(imagenet, "forward", failing)
     result = command(*TINY, "-d", images, "--epochs", 20, "--amp", "fp16", "-c", tmp_path)
     assert result.status == 1
-    assert "Epoch 9/20, step 3, " in result.err  # a scale of 2^16 halved 27 times
+    assert "Epoch 10/20, step 1, " in result.err  # after 27 steps, each of which halves a scale of 2^16
     assert "norm" in result.err
 
 
