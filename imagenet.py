@@ -23,11 +23,11 @@ from torch.nn import functional as F
 import models
 from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excited_once, fold
 from utils import checkpoint as checkpoints
+from utils import distributed
 from utils.accuracy import Scores, batch_sums
 from utils.arguments import Parser, as_words, flag, number, path
 from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize
 from utils.demo import draw_demo
-from utils.distributed import choose_devices, describe
 from utils.errors import BadInput, RunFailed
 from utils.files import append_text, write_atomically
 from utils.logger import CURVES, Logger
@@ -66,30 +66,39 @@ def main() -> int:
     """Run the command line and return the exit status."""
     # So that a log file is up to date, and a path that is no text can be printed.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if distributed.RANK > 0:  # the first process speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     ignore(REQUESTS)  # as long as there is nothing to save
     try:
         return run(sys.argv[1:])
-    except BadInput as error:
-        print(f"imagenet.py: {error}", file=sys.stderr)
-        return 2
-    except (RunFailed, OSError) as error:
-        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
-        print(f"imagenet.py: {str(error).splitlines()[-1]}", file=sys.stderr)
-        return 1
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        text = f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {error}"
-        print(f"imagenet.py: {text.splitlines()[0]}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:  # raised wherever the main process is when one of the loader's dies
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        print("imagenet.py: a process that loads images died; out of memory? Lower --workers", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("\nimagenet.py: interrupted; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        status, text = explain(error)
+        if status == 1 or distributed.LOCAL_RANK == 0:  # all processes of a machine are given the same bad input
+            print(f"imagenet.py: {text}", file=sys.stderr)
+        return status
     finally:
         end_workers()
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit status of a failure, and its one line; what is no one's to expect is raised again."""
+    if isinstance(error, BadInput):
+        return 2, str(error)
+    if isinstance(error, RunFailed | OSError):
+        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
+        return 1, str(error).splitlines()[-1]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        text = f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {error}"
+        return 1, text.splitlines()[0]
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        # Raised wherever the main process is when one of the loader's dies.
+        return 1, "a process that loads images died; out of memory? Lower --workers"
+    if isinstance(error, RuntimeError) and distributed.is_lost(error):
+        return 1, "another process of the run is gone; start all again with --resume"
+    raise error
 
 
 def run(argv: list[str]) -> int:
@@ -104,10 +113,12 @@ def run(argv: list[str]) -> int:
         own = file if saved and "options" in saved else None  # another trainer's folder isn't ours to go on in
         chosen = own is not None and os.path.isfile(args.resume)
         run_folder = RunFolder(Path(args.checkpoint), own, chosen, args.overwrite)
-    devices = choose_devices(args.gpu_id)
+    devices = distributed.choose_devices(args.gpu_id)
+    check_processes(args, devices[0])
     if args.compile and len(devices) > 1:
         raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
     torch.backends.cudnn.benchmark = True
+    distributed.join(devices[0])
     folders = open_data(args, saved, file)
     train = len(folders[TRAIN]) if TRAIN in folders else 0
     order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
@@ -118,15 +129,20 @@ def run(argv: list[str]) -> int:
         )
     model = build_model(args, len(folders[VAL].classes), devices, saved, file)
     if args.evaluate:
-        batches = load(folders, order.validation(), args.workers, devices[0], args.skip_bad_images)
+        batches = load(folders, map(distributed.share, order.validation()), *loading(args, devices))
         progress = Progress("Validate", order.val_batches, args.test_batch)
         scores = evaluate(model, devices, batches, mixed_precision(args.amp, devices), args.compile, progress)
         print(f"{file or args.arch}: {scores} over {scores.images} images{left_out(scores)}")
+        distributed.leave()
         return 0
     describe_steps(args, order)
     training = Training(args, model, devices, folders, order, run_folder)
     if saved:
         training.restore(saved, file)
+    if not distributed.agree(f"{training.images} {training.epoch} {training.step}"):
+        raise BadInput("torchrun: the machines have different images in --data, or different checkpoints in --resume")
+    if distributed.RANK > 0:
+        return training.run()
     with run_folder:
         resolved = as_words(training.options | {"checkpoint": args.checkpoint, "resume": args.resume})
         text = f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n"
@@ -136,12 +152,13 @@ def run(argv: list[str]) -> int:
 
 def open_data(args: argparse.Namespace, saved: dict | None, file: Path | None) -> dict[str, ImageFolder]:
     """The folders of images that the command needs; with --demo, drawn first."""
-    if args.demo and not os.path.exists(args.data):
+    if args.demo and distributed.LOCAL_RANK == 0 and not os.path.exists(args.data):
         print(f"Drawing the demo data into {args.data}")
         try:
             draw_demo(args.data)
         except OSError as error:
             raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
+    distributed.wait()  # for the one that draws
     start = time.monotonic()
     folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
     classes = folders[VAL].classes
@@ -161,17 +178,20 @@ def build_model(
     """The network with the weights to begin with, on the first device."""
     torch.manual_seed(args.seed)
     model = create_model(args, classes, args.pretrained and not saved)
-    batch = args.test_batch if args.evaluate else math.ceil(args.train_batch / len(devices))
+    parts = max(len(devices), distributed.PROCESSES)
+    batch = args.test_batch if args.evaluate else math.ceil(args.train_batch / parts)
     try:
         models.check_input(model, batch, args.image_size, training=not args.evaluate)
     except ValueError as error:
         raise BadInput(f"--image-size {args.image_size}: {args.arch} refuses a batch of {batch}: {error}") from error
     if saved:
         checkpoints.load_weights(model, saved["state_dict"], file)
+    if args.sync_bn and distributed.PROCESSES > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {describe_excitation(model)}")
     if args.excitation in ("we", "mwe") and args.formulation == "channel" and models.has_batch_norm(model):
         print("BatchNorm divides out what a gate on whole output channels multiplies: --formulation paper suits it")
-    print(f"Devices: {describe(devices)}; {args.workers} workers; amp {args.amp}")
+    print(f"Devices: {distributed.describe(devices)}; {args.workers} workers; amp {args.amp}")
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
@@ -191,9 +211,9 @@ class Training:
         self.run_folder = run_folder
         self.options = {name: value for name, value in vars(args).items() if name not in ONCE}
         self.images = folders[TRAIN].digest()
-        self.network = data_parallel(model, devices)
         if args.compile:
             model.compile()
+        self.network = distributed.parallel(model, devices)
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
@@ -202,7 +222,7 @@ class Training:
         self.epoch, self.step = args.start_epoch, 0
         self.acc = self.best_acc = -1.0
         self.scores = Scores()
-        self.stop = Stop()
+        self.stop, self.ending = Stop(repeats=distributed.PROCESSES > 1), 0
 
     def restore(self, saved: dict, file: Path) -> None:
         """Go on from a checkpoint, as far as it tells, whose weights the model has."""
@@ -220,6 +240,8 @@ class Training:
     def save(self, is_best: bool = False) -> None:
         """Write checkpoint and log; where that fails, say so, and leave it to the next save."""
         self.stop.save = False
+        if distributed.RANK > 0:
+            return
         checkpoint = {
             "epoch": self.epoch,
             "step": self.step,
@@ -242,18 +264,20 @@ class Training:
             print(f"\n{self.run_folder.failure}; the next save tries again", file=sys.stderr)
 
     def interrupted(self) -> bool:
-        """Answer the signals that came; whether to end."""
-        if self.stop.save:
+        """Answer the signals that came, to whichever process; whether to end."""
+        number, save = distributed.most([self.stop.number, self.stop.save])
+        if save:
             self.save()
-        return bool(self.stop)
+        self.ending = number
+        return self.ending > 0
 
     def run(self) -> int:
         """Train and validate to the last epoch or a signal; returns the exit status."""
         args = self.args
-        if not self.run_folder.begins:
+        if distributed.RANK == 0 and not self.run_folder.begins:
             self.run_folder.save(self.logger.changes())  # without the rows that came after the checkpoint
-        keys = self.order.run(self.epoch, self.step, args.epochs)
-        batches = load(self.folders, keys, args.workers, self.devices[0], args.skip_bad_images)
+        keys = map(distributed.share, self.order.run(self.epoch, self.step, args.epochs))
+        batches = load(self.folders, keys, *loading(args, self.devices))
         while self.epoch < args.epochs:
             start = time.monotonic()
             label = f"Epoch {self.epoch + 1}/{args.epochs}"
@@ -265,10 +289,10 @@ class Training:
                 valid = evaluate(
                     self.model, self.devices, batches, self.autocast, args.compile, progress, self.interrupted
                 )
-            if self.stop:
+            if self.ending:
                 return self.end_by_signal()
             if not math.isfinite(valid.loss):
-                raise RunFailed(
+                raise distributed.failed(
                     f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}; the last checkpoint, if "
                     "there is one, stands: start from there with a lower --lr"
                 )
@@ -282,6 +306,7 @@ class Training:
             self.save(is_best)
             took = timedelta(seconds=round(time.monotonic() - start))
             print(f"{label}  lr {lr:.4g}  train {trained}{skipped(trained)}  valid {valid}{left_out(valid)}  {took}")
+        distributed.leave()
         if self.run_folder.failure:
             raise RunFailed(f"{self.run_folder.failure}: the run has ended, and this is not saved")
         folder = self.run_folder.folder
@@ -295,17 +320,21 @@ class Training:
         """Train to the end of the epoch or to a signal; whether it was a signal."""
         args, steps = self.args, self.order.steps
         progress = Progress(label, steps * args.iter_size, args.train_batch, self.step * args.iter_size)
-        micro_batches = progress.track(whole(islice(batches, progress.batches - progress.done), args.train_batch))
+        images = args.train_batch // distributed.PROCESSES
+        micro_batches = progress.track(whole(islice(batches, progress.batches - progress.done), images))
         self.network.train()
         ended = False
         while self.step < steps and not ended:
             group = islice(micro_batches, args.iter_size)
+            if distributed.RANK > 0:  # another dropout than the first process's, and after a resume the same again
+                torch.manual_seed(hash((args.seed, self.epoch, self.step, distributed.RANK)))
             try:
                 sums = train_step(
                     self.network, group, args.iter_size, self.optimizer, self.scaler, self.autocast, args.compile
                 )
             except NotFinite as error:
-                raise RunFailed(f"{label}, step {self.step + 1}, {error}; {self.blame(error.micro_batches)}") from error
+                blamed = self.blame(error.micro_batches) if distributed.RANK == 0 else ""
+                raise distributed.failed(f"{label}, step {self.step + 1}, {error}; {blamed}") from error
             self.scores.add(sums)
             self.step += 1
             progress.scores = str(self.scores)
@@ -331,12 +360,13 @@ class Training:
     def end_by_signal(self) -> int:
         """Save, and say how to go on; returns the exit status."""
         self.save()
-        name = self.stop.name
+        distributed.leave()  # as torchrun ends the others when one has ended
+        name = signal.Signals(self.ending).name
         if self.run_folder.failure:
             raise RunFailed(f"stopped by {name}, and {self.run_folder.failure}; the last checkpoint stands")
         print(f"Stopped by {name} in epoch {self.epoch + 1} after {self.step} of {self.order.steps} steps; go on with")
         print(f"  {command([f'--resume={self.args.checkpoint}'])}")
-        return 128 + self.stop.number
+        return 128 + self.ending
 
 
 def whole(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -364,30 +394,33 @@ def train_step(
     like, lr = next(network.parameters()), optimizer.param_groups[0]["lr"]
     sums, losses, bad_images = torch.zeros(4, dtype=torch.float64, device=like.device), [], 0
     with excited_once(network, compiled):
-        for images, targets, bad, _ in micro_batches:
+        for index, (images, targets, bad, _) in enumerate(micro_batches, 1):
+            # Reduced once: in the last backward pass and, for what is excited, in that of the excitation.
+            with distributed.gather_only(network) if index < iter_size else contextlib.nullcontext():
+                loss, batch = forward(network, images, targets, like, autocast)
+                scaler.scale(loss / iter_size).backward()
             bad_images += bad
-            loss, batch = forward(network, images, targets, like, autocast)
-            scaler.scale(loss / iter_size).backward()
             sums += batch
             losses.append(loss.detach().double())
     scaler.unscale_(optimizer)
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     # The largest: of a sum of squares, finite numbers can make infinity.
     norm = torch.nn.utils.get_total_norm(gradients, math.inf).double()
-    *losses, norm, loss, top1, top5, images = torch.cat([torch.stack([*losses, norm]), sums]).tolist()  # the one read
+    values = torch.cat([torch.stack([*losses, norm]), sums, sums.new_tensor([bad_images])])
+    *losses, norm, loss, top1, top5, images, bad_images = distributed.total(values).tolist()  # the one read
     for index, value in enumerate(losses):
         if not math.isfinite(value):
             raise NotFinite(f"learning rate {lr:g}: the loss is {value}", slice(index, index + 1))
     is_finite = math.isfinite(norm)
     # A loss scale that small is no longer what makes gradients overflow in fp16.
     if not is_finite and (not scaler.is_enabled() or scaler.get_scale() < 2**-10):
-        text = f"learning rate {lr:g}: the loss is {sum(losses) / iter_size:.4g} and the gradient's norm {norm}"
+        text = f"learning rate {lr:g}: the loss is {loss / images:.4g} and the gradient's norm {norm}"
         raise NotFinite(text, slice(None))
     if is_finite:  # a fused optimizer that skips its very first step would keep momentum that was never set
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return [loss, top1, top5, images, float(bad_images), float(not is_finite)]
+    return [loss, top1, top5, images, bad_images, float(not is_finite)]
 
 
 @torch.no_grad()
@@ -404,7 +437,7 @@ def evaluate(
     folded = fold(model).eval()
     if compiled:
         folded.compile()
-    network = data_parallel(folded, devices)
+    network = distributed.over_devices(folded, devices)
     like = next(network.parameters())
     sums, bad_images, ended = torch.zeros(4, dtype=torch.float64, device=like.device), 0.0, False
     for images, targets, bad, _ in progress.track(islice(batches, progress.batches)):
@@ -415,9 +448,9 @@ def evaluate(
         ended = interrupted()
         if ended:
             break
-    scores = Scores([*sums.tolist(), bad_images, 0.0])
+    scores = Scores([*distributed.total(torch.cat([sums, sums.new_tensor([bad_images])])).tolist(), 0.0])
     if scores.images == 0 and not ended:
-        raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
+        raise distributed.failed("--skip-bad-images: not one of the validation images can be decoded")
     return scores
 
 
@@ -462,11 +495,6 @@ def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
         print(f"  # or: model = timm.create_model('resnet50_gn', num_classes={len(saved['classes'])})")
     print(f"  model.load_state_dict(torch.load({args.export!r}, weights_only=True))")
     return 0
-
-
-def data_parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
-    """The model over several GPUs, or as it is."""
-    return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
 
 
 def mixed_precision(amp: str, devices: list[torch.device]) -> torch.autocast:
@@ -526,6 +554,22 @@ def describe_start(saved: dict, file: Path) -> None:
     known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
     print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
     print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
+
+
+def check_processes(args: argparse.Namespace, device: torch.device) -> None:
+    """Refuse what the processes of torchrun can't share."""
+    count = distributed.PROCESSES
+    if args.sync_bn and count > 1 and device.type == "cpu":
+        raise BadInput("--sync-bn: PyTorch has it on GPUs only; leave it out here")
+    if not args.evaluate and args.train_batch % count:
+        fits = math.ceil(args.train_batch / count) * count
+        raise BadInput(f"--train-batch {args.train_batch}: {count} processes can't share it evenly; {fits} fits")
+
+
+def loading(args: argparse.Namespace, devices: list[torch.device]) -> tuple[int, torch.device, bool]:
+    """How this process loads its part of the images: workers, device, whether to leave out bad ones."""
+    workers = math.ceil(args.workers / distributed.PROCESSES)
+    return workers, devices[0], args.skip_bad_images
 
 
 def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str, steps: int) -> None:
@@ -694,6 +738,7 @@ def build_parser() -> Parser:
     add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision [%(default)s]")
     add("--channels-last", **switch, default=False, help="keep weights and activations with channels last [no]")
+    add("--sync-bn", **switch, default=False, help="under torchrun, BatchNorm over the images of all processes [no]")
     add("--compile", **switch, default=False, help="compile network and excitation by torch.compile, in minutes [no]")
     return parser
 

@@ -10,7 +10,7 @@ import pytest
 
 import imagenet
 from tests.helpers import draw_folder
-from utils.signals import Stop
+from utils.signals import ENDING, REQUESTS
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +26,14 @@ def command(monkeypatch, capsys):
     def run(*words) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["imagenet.py", *map(str, words)])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (*ENDING, *REQUESTS)}
         try:
             status = imagenet.main()
         except SystemExit as exit:  # --help
             status = exit.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, out=out, err=err)
 
@@ -38,22 +42,16 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Send the coming run a SIGTERM when it has done so many optimizer steps."""
+    """Send the coming run a SIGTERM after so many optimizer steps and validation batches."""
 
     def set_up(steps: int) -> None:
-        checks = iter(range(1, 10**6))
+        interrupted, checks = imagenet.Training.interrupted, iter(range(1, 10**6))
 
-        class Stopping(Stop):
-            def __bool__(self) -> bool:
-                if self.number == 0 and next(checks) == steps:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return super().__bool__()
+        def counting(training) -> bool:
+            if next(checks) == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return interrupted(training)
 
-        monkeypatch.setattr(imagenet, "Stop", Stopping)
+        monkeypatch.setattr(imagenet.Training, "interrupted", counting)
 
-    yield set_up
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-# --- a run, from the first line to the last
+    return set_up

@@ -1,10 +1,23 @@
-"""Which devices a run uses: those of --gpu-id, or of the launcher's local rank."""
+"""Which devices a run uses, and how the processes of torchrun train as one."""
 
+import contextlib
 import os
+import threading
+import time
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import BadInput
+from utils.errors import BadInput, RunFailed
+
+# As torchrun sets them; without it, there is one process.
+RANK = int(os.environ.get("RANK") or 0)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
+TIMEOUT = timedelta(minutes=10)  # of waiting for another process, which may be saving
 
 
 def choose_devices(gpu_id: str) -> list[torch.device]:
@@ -13,7 +26,7 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
     Under torchrun the local rank decides.
 
     Raises:
-        BadInput: no list of GPUs, or none of them is there; or several processes were launched.
+        BadInput: no list of GPUs, or none of them is there.
     """
     try:
         ids = [int(word) for word in gpu_id.split(",")]
@@ -21,14 +34,14 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
         ids = [-1]
     if min(ids) < 0 or len(set(ids)) < len(ids):
         raise BadInput(f"--gpu-id {gpu_id}: give each GPU's number once, separated by commas, such as 0,1")
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise BadInput("torchrun: this script runs as one process; name the GPUs of one machine by --gpu-id 0,1,2,3")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:
         print("No GPU here: running on the CPU")
         return [torch.device("cpu")]
-    if "LOCAL_RANK" in os.environ:
-        ids = [int(os.environ["LOCAL_RANK"])]
+    if PROCESSES > 1:
+        if gpus <= LOCAL_RANK:
+            raise BadInput(f"torchrun: this machine has {gpus} GPUs; give --nproc-per-node {gpus} at most")
+        return [torch.device("cuda", LOCAL_RANK)]
     usable = [index for index in ids if index < gpus]
     if not usable:
         raise BadInput(f"--gpu-id {gpu_id}: none of them is here; this machine has the GPUs 0 to {gpus - 1}")
@@ -39,7 +52,97 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
 
 def describe(devices: list[torch.device]) -> str:
     """The devices in words, for the start-up lines."""
+    parts = [f"{PROCESSES} processes, DistributedDataParallel"] if PROCESSES > 1 else []
     if devices[0].type == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
+        return ", ".join([f"CPU, {torch.get_num_threads()} threads", *parts])
     names = ", ".join(f"{device.index} ({torch.cuda.get_device_name(device)})" for device in devices)
-    return f"GPU {names}" + (", DataParallel" if len(devices) > 1 else "")
+    return ", ".join([f"GPU {names}", *parts, *["DataParallel"] * (len(devices) > 1)])
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes of torchrun, where there are any; end when torchrun itself is killed."""
+    if PROCESSES == 1:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.write(2, b"imagenet.py: torchrun is gone; start it again with --resume\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Part from the other processes, once all are here."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of each value over the processes, on every one of them."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def most(values: list[int]) -> list[int]:
+    """The largest of each value over the processes, on every one of them."""
+    if not dist.is_initialized():
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(values, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def failed(text: str) -> BaseException:
+    """What to raise for a failure that all processes see: the first one tells it, the others end without a word."""
+    return RunFailed(text) if RANK == 0 else SystemExit(1)
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether it comes from a connection to a process that is gone."""
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error))
+
+
+def agree(value: str) -> bool:
+    """Whether all processes have the same."""
+    if not dist.is_initialized():
+        return True
+    values = [None] * PROCESSES
+    dist.all_gather_object(values, value)
+    return len(set(values)) == 1
+
+
+def share(batch: list) -> list:
+    """This process's part of a batch; equal parts where the batch can be divided so."""
+    return batch[len(batch) * RANK // PROCESSES : len(batch) * (RANK + 1) // PROCESSES]
+
+
+def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
+    """The model for training: over the processes of torchrun, over several GPUs, or as it is."""
+    if dist.is_initialized():
+        return DistributedDataParallel(model, [devices[0]] if devices[0].type == "cuda" else None)
+    return over_devices(model, devices)
+
+
+def over_devices(model: nn.Module, devices: list[torch.device]) -> nn.Module:
+    """The model over several GPUs of this process, or as it is."""
+    return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
+
+
+def gather_only(network: nn.Module) -> contextlib.AbstractContextManager:
+    """For all micro-batches of a step but the last: gradients gather in each process and aren't reduced yet."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()

@@ -11,9 +11,13 @@ class Stop:
     """Remembers SIGINT or SIGTERM until the loop asks; a second one ends the process at once.
 
     ``save`` is set by SIGUSR1: to save and to go on.
+
+    Args:
+        repeats: a second signal may be the first one again, which torchrun hands on; it passes by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: bool = False) -> None:
+        self.repeats = repeats
         self.number = 0
         self.save = False
         for number in ENDING:
@@ -21,14 +25,9 @@ class Stop:
         for number in REQUESTS:
             signal.signal(number, self._request)
 
-    def __bool__(self) -> bool:
-        return self.number > 0
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name
-
     def _handle(self, number: int, frame: object) -> None:
+        if self.number and self.repeats:
+            return
         if self.number:
             os._exit(128 + number)
         self.number = number

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from utils import distributed
 from utils.distributed import choose_devices, describe
 from utils.errors import BadInput
 
@@ -49,9 +50,9 @@ def test_no_list_of_gpus(gpus, text):
 
 def test_the_local_rank_decides(gpus, monkeypatch):
     gpus(4)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(distributed, "PROCESSES", 4)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", 3)
     assert choose_devices("0") == [torch.device("cuda", 3)]
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="torchrun"):
+    gpus(2)
+    with pytest.raises(BadInput, match="--nproc-per-node 2 at most"):
         choose_devices("0")

@@ -13,9 +13,11 @@ SCRIPT = """
 import os, signal, time
 from utils.signals import Stop
 stop = Stop()
-assert not stop
+assert stop.number == 0 and not stop.save
+os.kill(os.getpid(), signal.SIGUSR1)
+assert stop.number == 0 and stop.save
 os.kill(os.getpid(), signal.{0})
-assert stop and stop.name == "{0}" and stop.number == signal.{0}
+assert stop.number == signal.{0}
 print("remembered", flush=True)
 os.kill(os.getpid(), signal.{1})
 time.sleep(10)
