@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import math
 import os
 import pickle
@@ -29,10 +30,10 @@ from utils.arguments import Parser, as_words, flag, number, path
 from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize
 from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
-from utils.files import append_text, write_atomically
+from utils.files import write_atomically
 from utils.logger import CURVES, Logger
-from utils.meters import Progress
-from utils.run_folder import COMMAND, RunFolder
+from utils.meters import Output, Progress
+from utils.run_folder import NOT_FINITE, RunFolder
 from utils.signals import REQUESTS, Stop, ignore
 
 # What --demo sets in place of the defaults: small images of ten drawn classes, minutes on two cores.
@@ -50,8 +51,6 @@ DEMO = {
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
 ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch")
-# In the run's folder, the images of a step that ended the run.
-NOT_FINITE = "not_finite.txt"
 
 
 class NotFinite(ArithmeticError):
@@ -77,7 +76,7 @@ def main() -> int:
     except Exception as error:
         status, text = explain(error)
         if status == 1 or distributed.LOCAL_RANK == 0:  # all processes of a machine are given the same bad input
-            print(f"imagenet.py: {text}", file=sys.stderr)
+            print(f"imagenet.py: {' '.join(text.splitlines())}", file=sys.stderr)
         return status
     finally:
         end_workers()
@@ -89,7 +88,7 @@ def explain(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, RunFailed | OSError):
         # Of an error in a process that loads images, the last line is the error and those before it its traceback.
-        return 1, str(error).splitlines()[-1]
+        return 1, (str(error).splitlines() or [type(error).__name__])[-1]
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         text = f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {error}"
         return 1, text.splitlines()[0]
@@ -110,9 +109,11 @@ def run(argv: list[str]) -> int:
         if saved and saved.get("epoch", 0) >= args.epochs:
             print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
             return 0
-        own = file if saved and "options" in saved else None  # another trainer's folder isn't ours to go on in
-        chosen = own is not None and os.path.isfile(args.resume)
-        run_folder = RunFolder(Path(args.checkpoint), own, chosen, args.overwrite)
+        resumed = {}
+        if saved and "options" in saved:  # another trainer's folder isn't ours to go on in
+            best = checkpoints.best_of(saved, file)
+            resumed = {"resumed": file, "best": best, "chosen": os.path.isfile(args.resume)}
+        run_folder = RunFolder(Path(args.checkpoint), **resumed, overwrite=args.overwrite)
     devices = distributed.choose_devices(args.gpu_id)
     check_processes(args, devices[0])
     if args.compile and len(devices) > 1:
@@ -145,8 +146,7 @@ def run(argv: list[str]) -> int:
         return training.run()
     with run_folder:
         resolved = as_words(training.options | {"checkpoint": args.checkpoint, "resume": args.resume})
-        text = f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n"
-        append_text(run_folder.folder / COMMAND, text, anew=run_folder.begins)
+        run_folder.note(f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n")
         return training.run()
 
 
@@ -222,7 +222,7 @@ class Training:
         self.epoch, self.step = args.start_epoch, 0
         self.acc = self.best_acc = -1.0
         self.scores = Scores()
-        self.stop, self.ending = Stop(repeats=distributed.PROCESSES > 1), 0
+        self.ending = 0  # the number of the signal that ends the run
 
     def restore(self, saved: dict, file: Path) -> None:
         """Go on from a checkpoint, as far as it tells, whose weights the model has."""
@@ -238,7 +238,11 @@ class Training:
         describe_start(saved, file)
 
     def save(self, is_best: bool = False) -> None:
-        """Write checkpoint and log; where that fails, say so, and leave it to the next save."""
+        """Write checkpoint and log; where the disk fails, say so, and leave it to the next save.
+
+        Raises:
+            RunFailed: the weights or momenta are not finite, and no run could go on from them.
+        """
         self.stop.save = False
         if distributed.RANK > 0:
             return
@@ -258,8 +262,23 @@ class Training:
             "rng": checkpoints.random_state(),
             "options": self.options,
         }
+        numbers = [value for value in checkpoint["state_dict"].values() if value.is_floating_point()]
+        numbers += [
+            momentum
+            for state in self.optimizer.state.values()
+            if (momentum := state.get("momentum_buffer")) is not None
+        ]
+        if not math.isfinite(torch.nn.utils.get_total_norm(numbers, math.inf)):
+            raise RunFailed(
+                f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite any more; the last checkpoint, "
+                "if there is one, stands: start from there with a lower --lr"
+            )
         names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
-        self.run_folder.save(self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
+        self.write(self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
+
+    def write(self, files: dict[str, bytes | memoryview]) -> None:
+        """Write into the run's folder, or say that it failed."""
+        self.run_folder.save(files)
         if self.run_folder.failure:
             print(f"\n{self.run_folder.failure}; the next save tries again", file=sys.stderr)
 
@@ -274,8 +293,9 @@ class Training:
     def run(self) -> int:
         """Train and validate to the last epoch or a signal; returns the exit status."""
         args = self.args
+        self.stop = Stop(repeats=distributed.PROCESSES > 1)
         if distributed.RANK == 0 and not self.run_folder.begins:
-            self.run_folder.save(self.logger.changes())  # without the rows that came after the checkpoint
+            self.write(self.logger.changes())  # without the rows that came after the checkpoint
         keys = map(distributed.share, self.order.run(self.epoch, self.step, args.epochs))
         batches = load(self.folders, keys, *loading(args, self.devices))
         while self.epoch < args.epochs:
@@ -310,7 +330,8 @@ class Training:
         if self.run_folder.failure:
             raise RunFailed(f"{self.run_folder.failure}: the run has ended, and this is not saved")
         folder = self.run_folder.folder
-        print(f"Best top-1 {self.best_acc:.2f} %: {folder / checkpoints.BEST}; curves: {folder / CURVES}")
+        best = f": {folder / checkpoints.BEST}" if os.path.exists(folder / checkpoints.BEST) else ""
+        print(f"Best top-1 {self.best_acc:.2f} %{best}; curves: {folder / CURVES}")
         if args.demo:
             print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
             print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
@@ -413,7 +434,7 @@ def train_step(
             raise NotFinite(f"learning rate {lr:g}: the loss is {value}", slice(index, index + 1))
     is_finite = math.isfinite(norm)
     # A loss scale that small is no longer what makes gradients overflow in fp16.
-    if not is_finite and (not scaler.is_enabled() or scaler.get_scale() < 2**-10):
+    if not is_finite and (not scaler.is_enabled() or not scaler.get_scale() >= 2**-10):
         text = f"learning rate {lr:g}: the loss is {loss / images:.4g} and the gradient's norm {norm}"
         raise NotFinite(text, slice(None))
     if is_finite:  # a fused optimizer that skips its very first step would keep momentum that was never set
@@ -482,9 +503,10 @@ def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
         raise BadInput(f"--export: {args.export} exists; replace it by --overwrite, or name another file")
     model = create_model(args, len(saved["classes"]), pretrained=False)
     checkpoints.load_weights(model, saved["state_dict"], file)
-    state = fold(model).state_dict()
+    contents = io.BytesIO()
+    torch.save(fold(model).state_dict(), contents)
     try:
-        write_atomically(args.export, lambda stream: torch.save(state, stream))
+        write_atomically(args.export, lambda stream: stream.write(contents.getbuffer()))
     except OSError as error:
         raise BadInput(f"--export: can't write {args.export}: {error.strerror}") from error
     sizes = args.cardinality, args.base_width, args.image_size
@@ -660,7 +682,7 @@ def check(args: argparse.Namespace, resumed: bool) -> None:
 def build_parser() -> Parser:
     """The command line; each help text gives the unit and, in brackets, the default."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    count = {"type": number(int, 1), "metavar": "N"}
+    count = {"type": number(int, 1, 2**31), "metavar": "N"}
     natural = {"type": number(int, 0, 2**63), "metavar": "N"}
     rate = {"type": number(float, 0), "metavar": "X"}
     switch = {"action": argparse.BooleanOptionalAction}
@@ -744,4 +766,5 @@ def build_parser() -> Parser:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.exit(main())

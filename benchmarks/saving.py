@@ -57,7 +57,7 @@ def main() -> None:
     gradients = [torch.randn_like(weight) for weight in saved["state_dict"].values() if weight.is_floating_point()]
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         plain = Path(name, "plain.pth.tar")
-        with RunFolder(Path(name, "run"), None, chosen=False, overwrite=False) as run:
+        with RunFolder(Path(name, "run")) as run:
             runs = {
                 "torch.save": lambda: torch.save(saved, plain),
                 "a save, synced, the one before kept": lambda: run.save({LAST: serialize(saved)}),

@@ -51,6 +51,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     for index, state in a["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    for key in ("epoch", "acc"):
+        assert checkpoint(one, "model_best.pth.tar")[key] == checkpoint(other, "model_best.pth.tar")[key]
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
 
 

@@ -537,6 +537,8 @@ def test_bad_checkpoints(command, images, tmp_path):
     refused(file, "code")
     torch.save(saved | {"format": 99}, file)
     refused(file, "format 99")
+    torch.save(saved | {"format": torch.zeros(2)}, file)
+    refused(file, "format")
     for key in ("epoch", "classes", "options", "state_dict"):
         torch.save({name: value for name, value in saved.items() if name != key}, file)
         refused(file, key)
@@ -546,6 +548,9 @@ def test_bad_checkpoints(command, images, tmp_path):
     for name, value, text in (
         ("train_batch", "many", "--train-batch"),
         ("checkpoint", str(tmp_path / "evil"), "options"),
+        ("schedule", ["--help"], "options"),
+        ("data", "a\0b", "--data"),
+        ("image_size", 10**30, "--image-size"),
         ("overwrite", True, "options"),
         ("help", True, "options"),
         (3, True, "options"),

@@ -44,7 +44,7 @@ def several(processes: int, change: str, *words) -> tuple[str, str]:
 
 def left(folder: Path) -> list[str]:
     """The processes whose command names the folder."""
-    lines = subprocess.check_output(["ps", "-eo", "stat=,args="], text=True).splitlines()
+    lines = subprocess.check_output(["ps", "-wweo", "stat=,args="], text=True).splitlines()
     return [
         line for line in lines if str(folder) in line and "pytest" not in line.split(str(folder))[0] and line[0] != "Z"
     ]
@@ -175,8 +175,8 @@ def test_a_failure_of_one_ends_all(images, tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1
     (line,) = ours(err)
-    assert "step 2, learning rate 0.01: the loss is nan" in line or "step 5" in line or "the loss is nan" in line
-    assert 'File "' not in err.split("====")[0]
+    assert "Epoch 1/2, step 2, learning rate 0.01: the loss is nan" in line
+    assert 'imagenet.py", line' not in err  # no traceback of ours
     wait_for(lambda: not left(tmp_path), 20)
 
 
@@ -188,7 +188,7 @@ def test_an_image_that_one_process_can_not_decode(images, tmp_path):
     assert process.returncode == 1
     assert sum("can't decode the image" in line for line in ours(err)) == 1
     assert all("can't decode the image" in line or "another process of the run is gone" in line for line in ours(err))
-    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "imagenet.py") not in err
+    assert 'imagenet.py", line' not in err
     wait_for(lambda: not left(tmp_path), 20)
 
 

@@ -34,8 +34,8 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 
 def path(text: str) -> str:
     """An argparse type: a path; the empty one of an unset shell variable is refused."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("the path is empty" if not text else "no path has a null character")
     return text
 
 

@@ -19,6 +19,8 @@ A checkpoint of this trainer is a dict with
     versions     {package: version}, with which it was written
 """
 
+import contextlib
+import errno
 import io
 import math
 import os
@@ -28,6 +30,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torchvision
@@ -103,8 +106,8 @@ def load(file: Path) -> dict:
     """Read a checkpoint of this trainer, or of another.
 
     Returns:
-        A checkpoint as above; of another trainer's file, or of a bare state_dict, the ``state_dict``, and ``epoch``,
-        ``best_acc`` and ``optimizer`` where it has them.
+        A checkpoint as above; of another trainer's file, or of a bare state_dict, the ``state_dict``, and ``epoch`` and
+        ``optimizer`` where it has them.
 
     Raises:
         BadInput: it can't be read, or holds something else; NotWhole where that is damage.
@@ -114,6 +117,8 @@ def load(file: Path) -> dict:
         raise BadInput(f"--resume: {file} holds a {type(checkpoint).__name__}, no checkpoint: give another file")
     if "format" not in checkpoint:
         checkpoint = _of_another_trainer(checkpoint)
+    elif not _is_a(checkpoint["format"], int):
+        raise NotWhole(f"--resume: {file} is damaged: it has no usable 'format'; give another file")
     elif checkpoint["format"] != FORMAT:
         raise BadInput(f"--resume: {file} has format {checkpoint['format']}; this version reads format {FORMAT}")
     else:
@@ -124,6 +129,9 @@ def load(file: Path) -> dict:
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadInput(f"--resume: {file} holds no weights: give another file")
+    for name, value in state.items():
+        if not _is_finite(value):
+            raise NotWhole(f"--resume: {file} has numbers in {name} that aren't finite; give another file")
     return checkpoint
 
 
@@ -136,13 +144,13 @@ def _read(file: Path) -> object:
     if not os.path.isfile(file):
         raise NotWhole(f"--resume: there is no checkpoint {file}")
     try:
-        if zipfile.is_zipfile(file):
-            _check_archive(file)
+        _check_archive(file) if zipfile.is_zipfile(file) else _check_legacy(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles in other protocols, which are refused below
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
+        kind = NotWhole if error.errno == errno.EIO else BadInput
+        raise kind(f"--resume: can't read {file}: {error.strerror}") from error
     except Exception as error:  # a damaged pickle raises nearly every type there is
         raise NotWhole(
             f"--resume: {file} is damaged, no checkpoint, or carries code, which is never run: give another file"
@@ -166,10 +174,21 @@ def _check_archive(file: Path) -> None:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         for member in members:
-            if member.filename.endswith(".pkl"):
-                for operation, argument, _ in pickletools.genops(archive.read(member)):
-                    if operation.name == "GLOBAL" and not PLAIN.fullmatch(argument):
-                        raise ValueError(f"it calls {argument}")
+            if member.filename.lower().endswith(".pkl"):
+                _check_pickle(archive.read(member))
+
+
+def _check_legacy(file: Path) -> None:
+    """Check what is called by a file of torch before 1.6, which has no checksums: five pickles, then the numbers."""
+    with file.open("rb") as stream:
+        for _ in range(5):
+            _check_pickle(stream)
+
+
+def _check_pickle(pickled: bytes | BinaryIO) -> None:
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "GLOBAL" and not PLAIN.fullmatch(argument):
+            raise ValueError(f"it calls {argument}")
 
 
 def _of_another_trainer(checkpoint: dict) -> dict:
@@ -182,13 +201,39 @@ def _of_another_trainer(checkpoint: dict) -> dict:
     if type(checkpoint.get("epoch")) is int and checkpoint["epoch"] >= 0:
         known["epoch"] = checkpoint["epoch"]
     optimizer = checkpoint.get("optimizer")
-    if isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict):
+    if isinstance(optimizer, dict) and _are_finite(optimizer.get("state")):
         known["optimizer"] = optimizer
     return known
 
 
 def _is_a(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)  # which is an int
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds numbers, with neither nan nor infinity among them."""
+    if not tensor.is_cpu or tensor.layout != torch.strided:
+        return False
+    # Of one number, a tensor of any size can be made.
+    stands_for_itself = tensor.nbytes <= tensor.untyped_storage().nbytes()
+    return stands_for_itself and bool(tensor.isfinite().all())
+
+
+def _are_finite(state: object) -> bool:
+    """Whether an optimizer's state has finite tensors, by parameter and name, and nothing else."""
+    if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.values()):
+        return False
+    values = [value for entry in state.values() for value in entry.values()]
+    return all(isinstance(value, torch.Tensor) and _is_finite(value) for value in values)
+
+
+def best_of(saved: dict, file: Path) -> Path | None:
+    """The checkpoint of the best epoch of the run that ``file`` is of: the best beside it, or ``file`` itself."""
+    best = file.with_name(BEST)
+    with contextlib.suppress(BadInput):
+        if load(best).get("best_acc") == saved["best_acc"]:
+            return best
+    return file if saved["step"] == 0 and saved["acc"] == saved["best_acc"] else None
 
 
 def _out_of_bounds(checkpoint: dict) -> list[str]:
@@ -206,8 +251,11 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "log": all(floats(row, len(COLUMNS)) for row in checkpoint["log"])
         and len(checkpoint["log"]) <= checkpoint["epoch"],
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
-        "options": checkpoint["options"].get("arch") == checkpoint["arch"],
-        "optimizer": isinstance(checkpoint["optimizer"].get("state"), dict),
+        "options": checkpoint["options"].get("arch") == checkpoint["arch"]
+        and all(
+            _is_a(number, int) for value in checkpoint["options"].values() if type(value) is list for number in value
+        ),
+        "optimizer": _are_finite(checkpoint["optimizer"].get("state")),
         "versions": all(isinstance(text, str) for text in checkpoint["versions"].values()),
     }
     return [key for key, is_usable in usable.items() if not is_usable]
@@ -241,17 +289,10 @@ def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:
     for name, value in own.items():
         if state[name].dtype != value.dtype:
             raise BadInput(f"--resume: {file} has {name} in {state[name].dtype}, and the network in {value.dtype}")
-        if not _is_finite(state[name]):
-            raise BadInput(f"--resume: {file} has numbers in {name} that aren't finite; give another file")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # tensors that hold no numbers, of a layout or on a device of their own
         raise BadInput(f"--resume: {file} is damaged: its weights can't be copied; give another file") from error
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether it holds numbers, with neither nan nor infinity among them."""
-    return tensor.is_cpu and tensor.layout == torch.strided and bool(tensor.isfinite().all())
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, file: Path) -> None:
@@ -262,13 +303,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, file: Path) ->
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        if not all(isinstance(entry, dict) for entry in state["state"].values()):
-            raise ValueError("not by parameters")
         momenta = [state["state"][index]["momentum_buffer"] for index in range(len(state["state"]))]
         if len(momenta) not in (0, len(parameters)):
             raise ValueError("another number of parameters")
         for parameter, momentum in zip(parameters, momenta, strict=False):
-            if (momentum.shape, momentum.dtype) != (parameter.shape, parameter.dtype) or not _is_finite(momentum):
+            if (momentum.shape, momentum.dtype) != (parameter.shape, parameter.dtype):
                 raise ValueError("momentum of another parameter, or none")
             # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
             optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
@@ -284,7 +323,12 @@ def load_state(scaler: torch.amp.GradScaler, saved: dict, file: Path) -> None:
     """
     try:
         if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+            own, state = scaler.state_dict(), saved["scaler"]
+            if {name: type(value) for name, value in own.items()} != {name: type(state[name]) for name in state}:
+                raise ValueError("the scaler's state has other values")
+            if not all(math.isfinite(value) and value >= 0 for value in state.values()):
+                raise ValueError("the scaler's state is not finite")
+            scaler.load_state_dict(state)
         torch.set_rng_state(saved["rng"]["cpu"])
         for index, state in enumerate(saved["rng"]["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, index)

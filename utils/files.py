@@ -62,9 +62,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def append_text(path: Path, text: str, anew: bool = False) -> None:
-    """Add to a small text file, or begin it, atomically."""
-    old = b"" if anew or not path.exists() else path.read_bytes()
-    write_atomically(path, lambda file: file.write(old + text.encode(errors="surrogateescape")))

@@ -1,5 +1,6 @@
 """log.txt, one tab-separated row for each epoch, and log.png, its curves."""
 
+import contextlib
 import io
 from itertools import pairwise
 from pathlib import Path
@@ -63,10 +64,13 @@ class Logger:
             return {}
         self.changed = False
         lines = ["\t".join(COLUMNS), *("\t".join(f"{value:.6g}" for value in row) for row in self.rows)]
+        files = {LOG: "".join(f"{line}\n" for line in lines).encode()}
         picture = io.BytesIO()
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
-        draw_curves(rows, self.title).savefig(picture, format="png", dpi=120)
-        return {LOG: "".join(f"{line}\n" for line in lines).encode(), CURVES: picture.getvalue()}
+        with contextlib.suppress(Exception):  # a picture must not end a run, and numbers beyond bounds can't be drawn
+            draw_curves(rows, self.title).savefig(picture, format="png", dpi=120)
+            files[CURVES] = picture.getvalue()
+        return files
 
 
 def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:

@@ -1,14 +1,35 @@
 """What a person sees while an epoch runs: a bar on a terminal, elsewhere a plain line about every ten seconds."""
 
+import contextlib
 import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import TextIO
 
 from progress.bar import Bar
 
 LINE_SECONDS = 10
+
+
+class Output:
+    """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 class Average:

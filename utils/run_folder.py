@@ -1,5 +1,6 @@
 """The folder of a run: one process writes it, each file is whole, and a write that fails loses nothing."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -16,9 +17,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# What makes a folder hold a run, in the order of writing: the checkpoint counts on those before it.
-RESULTS = (LOG, CURVES, BEST, LAST)
-COMMAND, LOCK = "command.txt", ".lock"
+COMMAND, NOT_FINITE, LOCK = "command.txt", "not_finite.txt", ".lock"
+# What makes a folder hold a run.
+RESULTS = (BEST, LOG, CURVES, LAST, PREVIOUS)
 
 
 class RunFolder:
@@ -27,36 +28,52 @@ class RunFolder:
     Args:
         folder: need not be there yet.
         resumed: the checkpoint that the run goes on from; its own folder is where it goes on.
-        chosen: whether the user named that file, and not the run's folder.
+        best: the checkpoint of the run's best epoch so far, for a folder that lacks it.
+        chosen: whether the user named the file ``resumed``, and not the run's folder.
         overwrite: whether the run may replace another, or a later checkpoint of its own.
 
     Raises:
         BadInput: a run would be lost, or the folder can't be written.
     """
 
-    def __init__(self, folder: Path, resumed: Path | None, chosen: bool, overwrite: bool):
-        self.folder, self.resumed = folder, resumed
+    def __init__(
+        self,
+        folder: Path,
+        resumed: Path | None = None,
+        best: Path | None = None,
+        chosen: bool = False,
+        overwrite: bool = False,
+    ):
+        self.folder, self.resumed, self.best, self.chosen, self.overwrite = folder, resumed, best, chosen, overwrite
         self.begins = resumed is None or resumed.parent.resolve() != folder.resolve()
-        self.went_back = not self.begins and not chosen and resumed.name == PREVIOUS
+        # Whether what checkpoint.pth.tar is belongs to this run and is whole.
+        self.keeps_previous = not self.begins and resumed.name == LAST
+        self.stamp = None if self.begins else _stamp(resumed)
         self.pending: dict[str, bytes | memoryview] = {}  # what has yet to be written
         self.written: set[str] = set()
-        self.failure = ""
-        if overwrite:
+        self.failure = ""  # of the last save
+        self._check()
+
+    def _check(self) -> None:
+        if self.overwrite:
             pass
-        elif not self.begins:
-            if chosen and resumed.name != LAST and os.path.exists(folder / LAST):
+        elif self.begins:
+            if any(os.path.exists(self.folder / name) for name in RESULTS):
                 raise BadInput(
-                    f"--resume: going on from {resumed} would replace the later {LAST} beside it: "
-                    "write elsewhere with -c DIR, or replace it with --overwrite"
+                    f"--checkpoint: {self.folder} already holds a run: go on with it by --resume {self.folder}, "
+                    "replace it by --overwrite, or write elsewhere with -c DIR"
                 )
-        elif any(os.path.exists(folder / name) for name in (*RESULTS, PREVIOUS)):
+        elif _stamp(self.resumed) != self.stamp:
+            raise BadInput(f"--resume: another process has gone on from {self.resumed} meanwhile: start again")
+        elif self.chosen and self.resumed.name != LAST and os.path.exists(self.folder / LAST):
             raise BadInput(
-                f"--checkpoint: {folder} already holds a run: go on with it by --resume {folder}, replace it "
-                "by --overwrite, or write elsewhere with -c DIR"
+                f"--resume: going on from {self.resumed} would replace the later {LAST} beside it: "
+                "write elsewhere with -c DIR, or replace it with --overwrite"
             )
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
+        parents = (self.folder, *self.folder.absolute().parents)
+        existing = next(parent for parent in parents if os.path.exists(parent))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise BadInput(f"--checkpoint: can't write to {folder}: {existing} is no folder that you can write to")
+            raise BadInput(f"--checkpoint: can't write to {self.folder}: {existing} is no folder that you can write to")
 
     def __enter__(self) -> "RunFolder":
         try:
@@ -66,6 +83,7 @@ class RunFolder:
             raise self._unwritable(error) from error
         try:
             _take(self.lock, self.folder)
+            self._check()  # again, as it may have taken long to come here
             self._tidy()
         except BaseException:
             os.close(self.lock)
@@ -78,49 +96,67 @@ class RunFolder:
     def _tidy(self) -> None:
         """Clear what a killed process left, put a damaged checkpoint aside, and take the best of the run along."""
         try:
-            for name in (*RESULTS, PREVIOUS, COMMAND):
+            for name in (*RESULTS, COMMAND, NOT_FINITE):
                 for leftover in self.folder.glob(f".{name}.*"):
                     leftover.unlink()
-            if self.went_back and os.path.exists(self.folder / LAST):
-                os.replace(self.folder / LAST, self.folder / DAMAGED)
-            if self.begins and self.resumed is not None:
-                ours = self.resumed.name in (LAST, PREVIOUS)
-                best = self.resumed.with_name(BEST) if ours else self.resumed
-                if best.exists():
-                    self.pending[BEST] = best.read_bytes()
+            last = self.folder / LAST
+            if not (self.begins or self.keeps_previous or self.chosen) and os.path.exists(last):
+                os.replace(last, self.folder / DAMAGED)
+            if self.best is not None and (self.begins or not os.path.exists(self.folder / BEST)):
+                self.pending[BEST] = self.best.read_bytes()
         except OSError as error:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> BadInput:
         return BadInput(f"--checkpoint: can't write to {self.folder}: {error.strerror}")
 
-    def save(self, files: dict[str, bytes | memoryview]) -> bool:
-        """Write files, and those that an earlier save could not; whether all of them are written.
+    def note(self, text: str) -> None:
+        """Add to command.txt; where the run begins, that comes with its first results."""
+        file = self.folder / COMMAND
+        old = file.read_bytes() if not self.begins and os.path.exists(file) else b""
+        self.pending[COMMAND] = old + text.encode(errors="surrogateescape")
+
+    def save(self, files: dict[str, bytes | memoryview]) -> None:
+        """Write files, and those that an earlier save could not.
 
         A failure is kept in ``failure``, and what was there before stands. The files of a run that this one replaces go
         when this one has a checkpoint.
 
         Args:
-            files: {name in RESULTS: contents}.
+            files: {name: contents}.
         """
         self.pending |= files
-        try:
-            for name in RESULTS:
-                if name not in self.pending:
-                    continue
-                data = self.pending[name]
-                previous = self.folder / PREVIOUS if name == LAST and not self.begins else None
+        self.failure = ""
+        for name in (COMMAND, BEST, LOG, CURVES, LAST):
+            if name not in self.pending or (name == LAST and BEST in self.pending):  # on which it counts
+                continue
+            data = self.pending[name]
+            previous = self.folder / PREVIOUS if name == LAST and self.keeps_previous else None
+            try:
                 write_atomically(self.folder / name, lambda file, data=data: file.write(data), previous)
                 del self.pending[name]
                 self.written.add(name)
-                if name == LAST and self.begins:
-                    for stale in {*RESULTS, PREVIOUS, DAMAGED} - self.written:
-                        (self.folder / stale).unlink(missing_ok=True)
-                    self.begins = False
-            self.failure = ""
-        except OSError as error:
-            self.failure = f"can't write {self.folder / name}: {error.strerror}"
-        return not self.failure
+                if name == LAST:
+                    self._replaced()
+            except OSError as error:
+                self.failure = self.failure or f"can't write {self.folder / name}: {error.strerror}"
+
+    def _replaced(self) -> None:
+        """There is a checkpoint of this run, so what was of another one goes."""
+        self.keeps_previous = True
+        if self.begins:
+            self.begins = False
+            for stale in {*RESULTS, DAMAGED, NOT_FINITE} - self.written - self.pending.keys():
+                (self.folder / stale).unlink(missing_ok=True)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """What tells a file from one that has replaced it."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _take(lock: int, folder: Path) -> None:
@@ -143,5 +179,6 @@ def _take(lock: int, folder: Path) -> None:
             ) from error
         print(f"{folder} can't be locked ({error.strerror}): see to it that no other run writes there")
     else:
-        os.truncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with contextlib.suppress(OSError):  # a disk that is full
+            os.truncate(lock, 0)
+            os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -3,12 +3,13 @@
 import os
 import signal
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
-REQUESTS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))  # Windows has none
+# Windows has but two.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+REQUESTS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
 
 
 class Stop:
-    """Remembers SIGINT or SIGTERM until the loop asks; a second one ends the process at once.
+    """Remembers SIGINT, SIGTERM or SIGHUP until the loop asks; a second one ends the process at once.
 
     ``save`` is set by SIGUSR1: to save and to go on.
 
@@ -21,7 +22,8 @@ class Stop:
         self.number = 0
         self.save = False
         for number in ENDING:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._handle)
         for number in REQUESTS:
             signal.signal(number, self._request)
 

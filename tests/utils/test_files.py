@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from utils.files import append_text, write_atomically
+from utils.files import write_atomically
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -25,11 +25,3 @@ def test_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "usual").write_text("")
     write_atomically(tmp_path / "ours", lambda stream: stream.write(b""))
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-def test_append(tmp_path):
-    append_text(tmp_path / "file", "one\n")
-    append_text(tmp_path / "file", "two\n")
-    assert (tmp_path / "file").read_text() == "one\ntwo\n"
-    append_text(tmp_path / "file", "three\n", anew=True)
-    assert (tmp_path / "file").read_text() == "three\n"

@@ -20,12 +20,13 @@ CALLS = ("open", "write", "fsync", "chmod", "link", "replace", "unlink", "close"
 def save(run: RunFolder, epoch: int) -> bool:
     """As the trainer saves after an epoch that was the best."""
     contents = serialize(tiny_checkpoint(epoch))
-    return run.save({LOG: b"%d" % epoch, CURVES: b"%d" % epoch, BEST: contents, LAST: contents})
+    run.save({LOG: b"%d" % epoch, CURVES: b"%d" % epoch, BEST: contents, LAST: contents})
+    return not run.failure
 
 
 def resumed(folder: Path) -> RunFolder:
     file, _ = find(str(folder))
-    return RunFolder(folder, file, chosen=False, overwrite=False)
+    return RunFolder(folder, file)
 
 
 class Faults:
@@ -82,12 +83,12 @@ def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
     faults = 0
     for at in range(1, 1000):
         folder = tmp_path / f"{at}"
-        with RunFolder(folder, None, False, False) as run:
+        with RunFolder(folder) as run:
             assert save(run, 1)
             assert save(run, 2)
 
         def body(at=at, folder=folder):
-            run = RunFolder(folder, None, False, True) if first else resumed(folder)
+            run = RunFolder(folder, overwrite=True) if first else resumed(folder)
             with run, monkeypatch.context() as patch:
                 counting = Faults(patch, at, dies)
                 saved = save(run, 3)
@@ -114,12 +115,12 @@ def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
 
 
 def test_what_could_not_be_written_is_written_by_the_next_save(tmp_path, monkeypatch):
-    with RunFolder(tmp_path, None, False, False) as run:
+    with RunFolder(tmp_path) as run:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
             assert not save(run, 1)
-            assert run.failure == f"can't write {tmp_path / LOG}: Input/output error"
-        assert run.save({LAST: serialize(tiny_checkpoint(2))})
+            assert run.failure == f"can't write {tmp_path / BEST}: Input/output error"
+        run.save({LAST: serialize(tiny_checkpoint(2))})
         assert not run.failure
     assert load(tmp_path / BEST)["epoch"] == 1
     assert load(tmp_path / LAST)["epoch"] == 2
@@ -131,7 +132,7 @@ def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refuse)
-    with RunFolder(tmp_path, None, False, False) as run:
+    with RunFolder(tmp_path) as run:
         assert save(run, 1)
         assert save(run, 2)
     assert load(tmp_path / LAST)["epoch"] == 2
@@ -142,17 +143,17 @@ def test_leftovers_of_a_killed_process_go(tmp_path):
     for name in (".checkpoint.pth.tar.abc", ".log.txt.x", ".command.txt.y", ".checkpoint.prev.pth.tar.link"):
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / ".other").write_bytes(b"not ours")
-    with RunFolder(tmp_path, None, False, False):
+    with RunFolder(tmp_path):
         assert sorted(os.listdir(tmp_path)) == [".lock", ".other"]
 
 
 def test_one_process_holds_the_folder(tmp_path):
     def body():
-        with contextlib.suppress(BadInput), RunFolder(tmp_path, None, False, False):
+        with contextlib.suppress(BadInput), RunFolder(tmp_path):
             return 0
         return 10
 
-    with RunFolder(tmp_path, None, False, False):
+    with RunFolder(tmp_path):
         assert in_a_process(body) == 10
     assert in_a_process(body) == 0
 
@@ -160,4 +161,43 @@ def test_one_process_holds_the_folder(tmp_path):
 def test_an_unwritable_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(BadInput, match="can't write"):
-        RunFolder(tmp_path / "run", None, False, False)
+        RunFolder(tmp_path / "run")
+
+
+def test_another_process_began_or_went_on_meanwhile(tmp_path):
+    """Between the checks and the lock there may be minutes."""
+    late = RunFolder(tmp_path)
+    with RunFolder(tmp_path) as run:
+        assert save(run, 1)
+    with pytest.raises(BadInput, match="already holds a run"), late:
+        pass
+    late = resumed(tmp_path)
+    with resumed(tmp_path) as run:
+        assert save(run, 2)
+    with pytest.raises(BadInput, match="another process has gone on"), late:
+        pass
+    assert load(tmp_path / LAST)["epoch"] == 2
+
+
+def test_only_the_best_guards_the_checkpoint(tmp_path):
+    with RunFolder(tmp_path) as run:
+        (tmp_path / LOG).mkdir()
+        assert not save(run, 1)
+        assert load(tmp_path / LAST)["epoch"] == 1
+        (tmp_path / BEST).unlink()
+        (tmp_path / BEST).mkdir()
+        assert not save(run, 2)
+        assert load(tmp_path / LAST)["epoch"] == 1
+
+
+def test_the_previous_checkpoint_is_one_that_was_whole(tmp_path):
+    """Not so what lies beside an earlier one from which the user chose to go on."""
+    with RunFolder(tmp_path) as run:
+        assert save(run, 1)
+        assert save(run, 2)
+    (tmp_path / LAST).write_bytes(b"damaged")
+    with RunFolder(tmp_path, tmp_path / PREVIOUS, chosen=True, overwrite=True) as run:
+        run.save({LAST: serialize(tiny_checkpoint(2))})
+        assert load(tmp_path / PREVIOUS)["epoch"] == 1
+        run.save({LAST: serialize(tiny_checkpoint(3))})
+        assert load(tmp_path / PREVIOUS)["epoch"] == 2
