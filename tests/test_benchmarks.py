@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import models
-from benchmarks import excitation, measure, memory, pipeline, saving
+from benchmarks import excitation, measure, memory, pipeline, saving, scaling
 
 
 def cells(line: str) -> list[str]:
@@ -70,3 +70,19 @@ def test_saving(monkeypatch, capsys, tmp_path):
     assert [bool(row[2]) for row in rows] == [False, True, False, True, False]
     for row in rows:
         assert float(row[3].removesuffix(" %")) == pytest.approx(100 * float(row[1]) / 60, abs=0.01)
+
+
+def test_scaling(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling", "-a", "l_resnet18"])
+    scaling.main()
+    tables = [[cells(line) for line in part.splitlines()] for part in capsys.readouterr().out.strip().split("\n\n")]
+    size = 4 * sum(parameter.numel() for parameter in models.create("l_resnet18").parameters())
+    assert tables[0][2][1:] == [f"{2 * others * size / 1e6:.0f}" for others in (1, 3, 7)]
+    assert tables[0][3][1:] == [f"{2 * share * size / 1e6:.0f}" for share in (1 / 2, 3 / 4, 7 / 8)]
+
+    def seconds(gpus: int, alone: float, speed: float) -> float:
+        return alone / gpus + scaling.data_parallel_bytes(size, gpus) / speed
+
+    for row, speed in zip(tables[1][2:], scaling.LINKS.values(), strict=True):
+        fastest = [min(range(1, 1000), key=lambda n, s=s, b=speed: seconds(n, s, b)) for s in scaling.SECONDS]
+        assert row[1:] == [str(count) for count in fastest]
