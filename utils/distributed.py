@@ -60,9 +60,15 @@ def describe(devices: list[torch.device]) -> str:
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes of torchrun, where there are any; end when torchrun itself is killed."""
+    """Meet the other processes of torchrun, where there are any; end when torchrun itself is killed.
+
+    Raises:
+        BadInput: the environment speaks of several processes, and of no place to meet.
+    """
     if PROCESSES == 1:
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise BadInput(f"WORLD_SIZE is {PROCESSES} in the environment, but this isn't torchrun's doing: unset it")
     parent = os.getppid()
 
     def watch() -> None:
