@@ -263,12 +263,8 @@ class Training:
             "options": self.options,
         }
         numbers = [value for value in checkpoint["state_dict"].values() if value.is_floating_point()]
-        numbers += [
-            momentum
-            for state in self.optimizer.state.values()
-            if (momentum := state.get("momentum_buffer")) is not None
-        ]
-        if not math.isfinite(torch.nn.utils.get_total_norm(numbers, math.inf)):
+        momenta = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
+        if not math.isfinite(torch.nn.utils.get_total_norm(numbers + momenta, math.inf)):
             raise RunFailed(
                 f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite any more; the last checkpoint, "
                 "if there is one, stands: start from there with a lower --lr"
