@@ -262,13 +262,6 @@ class Training:
             "rng": checkpoints.random_state(),
             "options": self.options,
         }
-        numbers = [value for value in checkpoint["state_dict"].values() if value.is_floating_point()]
-        momenta = [value for state in self.optimizer.state.values() for value in state.values() if value is not None]
-        if not math.isfinite(torch.nn.utils.get_total_norm(numbers + momenta, math.inf)):
-            raise RunFailed(
-                f"epoch {self.epoch + 1}, step {self.step}: the weights are not finite any more; the last checkpoint, "
-                "if there is one, stands: start from there with a lower --lr"
-            )
         names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
         self.write(self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
 

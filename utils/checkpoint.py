@@ -36,7 +36,7 @@ import torch
 import torchvision
 
 from utils.accuracy import Scores
-from utils.errors import BadInput
+from utils.errors import BadInput, RunFailed
 from utils.logger import COLUMNS
 
 FORMAT = 1
@@ -77,7 +77,18 @@ def versions() -> dict[str, str]:
 
 
 def serialize(checkpoint: dict) -> memoryview:
-    """The contents of a checkpoint's file."""
+    """The contents of a checkpoint's file.
+
+    Raises:
+        RunFailed: weights or momenta are not finite, and no run could go on from them.
+    """
+    states = [checkpoint["state_dict"], *checkpoint["optimizer"]["state"].values()]
+    tensors = [value for state in states for value in state.values() if value is not None and value.is_floating_point()]
+    if not math.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf)):
+        raise RunFailed(
+            f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']}: the weights are not finite any more; the "
+            "last checkpoint, if there is one, stands: start from there with a lower --lr"
+        )
     stream = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, stream)
     return stream.getbuffer()

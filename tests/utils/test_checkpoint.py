@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tests.helpers import tiny_checkpoint
-from utils.checkpoint import load, load_optimizer, load_state, load_weights, serialize
-from utils.errors import BadInput
+from utils.checkpoint import load, load_optimizer, load_state, load_weights, serialize, versions
+from utils.errors import BadInput, RunFailed
 
 
 def test_prefixes_and_bare_weights(tmp_path):
@@ -151,7 +151,7 @@ def test_changed_keys_and_values(whole, tmp_path):
             parent["other" if rng.random() < 0.5 else 7] = parent.pop(key)
         else:
             parent[key] = rng.choice(VALUES)
-        (tmp_path / "changed").write_bytes(serialize(changed))
+        torch.save({"format": 1, **changed, "versions": versions()}, tmp_path / "changed")
         try:
             restored = restore(tmp_path / "changed")
         except BadInput as error:
@@ -211,3 +211,15 @@ def test_a_compressed_bomb_is_refused(tmp_path):
         archive.writestr("archive/data/0", bytes(10**8))
     with pytest.raises(BadInput, match="damaged"):
         load(tmp_path / "file")
+
+
+def test_weights_that_are_not_finite_are_not_written():
+    for value in (float("nan"), float("inf")):
+        saved = tiny_checkpoint()
+        saved["state_dict"]["weight"][0, 1] = value
+        with pytest.raises(RunFailed, match="not finite"):
+            serialize(saved)
+        saved = tiny_checkpoint()
+        saved["optimizer"]["state"][0]["momentum_buffer"][0, 1] = value
+        with pytest.raises(RunFailed, match="not finite"):
+            serialize(saved)
