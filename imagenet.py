@@ -75,7 +75,10 @@ def main() -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         status, text = explain(error)
-        if status == 1 or distributed.LOCAL_RANK == 0:  # all processes of a machine are given the same bad input
+        # All processes of a machine are given the same bad input. What is told by another must not end before it.
+        if isinstance(error, distributed.ToldByAnother) or (status == 2 and distributed.LOCAL_RANK > 0):
+            time.sleep(10)
+        else:
             print(f"imagenet.py: {' '.join(text.splitlines())}", file=sys.stderr)
         return status
     finally:
@@ -86,7 +89,7 @@ def explain(error: Exception) -> tuple[int, str]:
     """The exit status of a failure, and its one line; what is no one's to expect is raised again."""
     if isinstance(error, BadInput):
         return 2, str(error)
-    if isinstance(error, RunFailed | OSError):
+    if isinstance(error, RunFailed | OSError | distributed.ToldByAnother):
         # Of an error in a process that loads images, the last line is the error and those before it its traceback.
         return 1, (str(error).splitlines() or [type(error).__name__])[-1]
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -96,7 +99,7 @@ def explain(error: Exception) -> tuple[int, str]:
         # Raised wherever the main process is when one of the loader's dies.
         return 1, "a process that loads images died; out of memory? Lower --workers"
     if isinstance(error, RuntimeError) and distributed.is_lost(error):
-        return 1, "another process of the run is gone; start all again with --resume"
+        return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
     raise error
 
 
@@ -104,7 +107,7 @@ def run(argv: list[str]) -> int:
     """One command, from its arguments to its last line; returns the exit status."""
     args, saved, file = parse(argv)
     if args.export is not None:
-        return export(args, saved, file)
+        return export(args, saved, file) if distributed.RANK == 0 else 0
     if not args.evaluate:
         if saved and saved.get("epoch", 0) >= args.epochs:
             print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
@@ -121,6 +124,8 @@ def run(argv: list[str]) -> int:
     torch.backends.cudnn.benchmark = True
     distributed.join(devices[0])
     folders = open_data(args, saved, file)
+    if not distributed.agree(common_start(args, folders, saved)):
+        raise BadInput("torchrun: the processes have different options, images in --data or checkpoints in --resume")
     train = len(folders[TRAIN]) if TRAIN in folders else 0
     order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
     if not args.evaluate and order.steps == 0:
@@ -140,8 +145,6 @@ def run(argv: list[str]) -> int:
     training = Training(args, model, devices, folders, order, run_folder)
     if saved:
         training.restore(saved, file)
-    if not distributed.agree(f"{training.images} {training.epoch} {training.step}"):
-        raise BadInput("torchrun: the machines have different images in --data, or different checkpoints in --resume")
     if distributed.RANK > 0:
         return training.run()
     with run_folder:
@@ -282,7 +285,7 @@ class Training:
     def run(self) -> int:
         """Train and validate to the last epoch or a signal; returns the exit status."""
         args = self.args
-        self.stop = Stop(repeats=distributed.PROCESSES > 1)
+        self.stop = Stop(repeats=distributed.UNDER_TORCHRUN)
         if distributed.RANK == 0 and not self.run_folder.begins:
             self.write(self.logger.changes())  # without the rows that came after the checkpoint
         keys = map(distributed.share, self.order.run(self.epoch, self.step, args.epochs))
@@ -444,6 +447,7 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Scores:
     """Scores over every image, or those before an interruption, on folded weights: excited once and not per batch."""
+    distributed.share_buffers(model)
     folded = fold(model).eval()
     if compiled:
         folded.compile()
@@ -565,6 +569,15 @@ def describe_start(saved: dict, file: Path) -> None:
     known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
     print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
     print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
+
+
+def common_start(args: argparse.Namespace, folders: dict[str, ImageFolder], saved: dict | None) -> str:
+    """What all processes of a run must begin with; where files lie may differ."""
+    own = ("checkpoint", "data", "gpu_id", "resume", "workers")
+    options = {name: value for name, value in vars(args).items() if name not in own}
+    place = [saved.get(key) for key in ("epoch", "step")] if saved else []
+    weights = [float(value.double().sum()) for value in saved["state_dict"].values()] if saved else []
+    return repr((options, [folder.digest() for folder in folders.values()], place, weights))
 
 
 def check_processes(args: argparse.Namespace, device: torch.device) -> None:

@@ -96,6 +96,14 @@ def test_several_processes_evaluate_as_one(command, images, tmp_path):
     assert "over 7 images" in one
 
 
+def test_batch_norm_validates_what_is_saved(command, images, tmp_path):
+    """Each process has running statistics of its own images."""
+    words = ["-a", "resnet18", "--lr", 0.001, "--image-size", 32, "-j", 0, "--train-batch", 12, "--test-batch", 6]
+    several(2, "as-it-is", *words, "-d", images, "--epochs", 2, "-c", tmp_path)
+    evaluated = re.search(r"loss (\S+)", command("-e", "--resume", tmp_path).out).group(1)
+    assert read_log(tmp_path / "log.txt")[-1]["Valid Loss"] == pytest.approx(float(evaluated), abs=1e-4)
+
+
 def test_one_step_in_float32(command, images, tmp_path):
     words = [*TINY, "-d", images, "--epochs", 1, "--train-batch", 12]
     assert command(*words, "-c", tmp_path / "one").status == 0
@@ -185,7 +193,7 @@ def test_an_image_that_one_process_can_not_decode(images, tmp_path):
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1
     assert sum("can't decode the image" in line for line in ours(err)) == 1
-    assert all("can't decode the image" in line or "another process of the run is gone" in line for line in ours(err))
+    assert all("can't decode the image" in line or "another process of the run has ended" in line for line in ours(err))
     assert 'imagenet.py", line' not in err
     wait_for(lambda: not left(tmp_path), 20)
 
@@ -199,6 +207,37 @@ def test_torchrun_itself_is_killed(command, images, tmp_path):
     _, err = process.communicate(timeout=30)
     assert "torchrun is gone" in err
     assert command("--resume", tmp_path, "--epochs", checkpoint(tmp_path)["epoch"] + 1).status == 0
+
+
+def test_one_process_of_torchrun(images, tmp_path):
+    """It ends with its launcher as well, and passes over the signals that are handed on."""
+    process = torchrun(1, "as-it-is", *SMALL, "-d", images, "--epochs", 500, "-c", tmp_path)
+    wait_for((tmp_path / "checkpoint.pth.tar").exists)
+    process.kill()
+    wait_for(lambda: not left(tmp_path), 30)
+    _, err = process.communicate(timeout=30)
+    assert "torchrun is gone" in err
+
+
+def test_machines_with_different_options_are_refused(images, tmp_path):
+    port = str(20000 + (os.getpid() + 1) % 20000)
+    machines = []
+    for rank in range(2):
+        place = ("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}")
+        words = [*SMALL, "-d", images, "-c", tmp_path / "run", "--weight-decay", 0.1 * rank]
+        machines.append(torchrun(1, "as-it-is", *words, options=place))
+    for machine in machines:
+        _, err = machine.communicate(timeout=90)
+        assert machine.returncode == 1
+        (line,) = ours(err)
+        assert "different options" in line or "another process of the run has ended" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_exports(command, images, tmp_path):
+    assert command(*SMALL, "-d", images, "--epochs", 1, "-c", tmp_path / "run").status == 0
+    several(2, "as-it-is", "--resume", tmp_path / "run", "--export", tmp_path / "plain.pth")
+    assert (tmp_path / "plain.pth").exists()
 
 
 def test_parts_that_are_not_even_are_refused(images, tmp_path):
@@ -242,6 +281,7 @@ def test_two_machines_of_which_one_is_lost(command, images, tmp_path):
     _, err = machines[0].communicate(timeout=60)
     assert time.monotonic() - start < 60
     assert machines[0].returncode == 1
-    assert ours(err) == ["imagenet.py: another process of the run is gone; start all again with --resume"]
+    (line,) = ours(err)
+    assert "another process of the run has ended" in line
     machines[1].communicate()
     assert command("--resume", tmp_path, "--epochs", checkpoint(tmp_path)["epoch"] + 1).status == 0

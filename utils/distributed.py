@@ -14,9 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.errors import BadInput, RunFailed
 
 # As torchrun sets them; without it, there is one process.
-RANK = int(os.environ.get("RANK") or 0)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
+RANK, LOCAL_RANK, LOCAL_PROCESSES = (
+    int(os.environ.get(name) or value) if PROCESSES > 1 else value
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+)
 TIMEOUT = timedelta(minutes=10)  # of waiting for another process, which may be saving
 
 
@@ -39,7 +42,7 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
         print("No GPU here: running on the CPU")
         return [torch.device("cpu")]
     if PROCESSES > 1:
-        if gpus <= LOCAL_RANK:
+        if gpus < LOCAL_PROCESSES:
             raise BadInput(f"torchrun: this machine has {gpus} GPUs; give --nproc-per-node {gpus} at most")
         return [torch.device("cuda", LOCAL_RANK)]
     usable = [index for index in ids if index < gpus]
@@ -65,11 +68,21 @@ def join(device: torch.device) -> None:
     Raises:
         BadInput: the environment speaks of several processes, and of no place to meet.
     """
+    if UNDER_TORCHRUN:
+        _end_with(os.getppid())
     if PROCESSES == 1:
         return
     if "MASTER_ADDR" not in os.environ:
         raise BadInput(f"WORLD_SIZE is {PROCESSES} in the environment, but this isn't torchrun's doing: unset it")
-    parent = os.getppid()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def _end_with(parent: int) -> None:
+    """Watch the parent process from a thread, and end this one when it is gone."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -78,9 +91,6 @@ def join(device: torch.device) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def leave() -> None:
@@ -113,14 +123,25 @@ def most(values: list[int]) -> list[int]:
     return largest.tolist()
 
 
-def failed(text: str) -> BaseException:
-    """What to raise for a failure that all processes see: the first one tells it, the others end without a word."""
-    return RunFailed(text) if RANK == 0 else SystemExit(1)
+class ToldByAnother(Exception):
+    """A failure that all processes see, and the first one tells."""
+
+
+def failed(text: str) -> Exception:
+    """What to raise for a failure that all processes see."""
+    return RunFailed(text) if RANK == 0 else ToldByAnother()
 
 
 def is_lost(error: RuntimeError) -> bool:
     """Whether it comes from a connection to a process that is gone."""
     return isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error))
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's buffers: each has the statistics of BatchNorm over its own images."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def agree(value: str) -> bool:

@@ -33,8 +33,9 @@ class Stop:
         if self.number:
             os._exit(128 + number)
         self.number = number
+        hint = b"" if self.repeats else b"; a second signal stops at once"
         # print() isn't allowed here: the signal may have come in the middle of another print.
-        os.write(2, b"\nFinishing the optimizer step, then saving; a second signal stops at once\n")
+        os.write(2, b"\nFinishing the optimizer step, then saving" + hint + b"\n")
 
     def _request(self, number: int, frame: object) -> None:
         self.save = True

@@ -53,6 +53,8 @@ def test_the_local_rank_decides(gpus, monkeypatch):
     monkeypatch.setattr(distributed, "PROCESSES", 4)
     monkeypatch.setattr(distributed, "LOCAL_RANK", 3)
     assert choose_devices("0") == [torch.device("cuda", 3)]
+    monkeypatch.setattr(distributed, "LOCAL_PROCESSES", 4)
+    monkeypatch.setattr(distributed, "LOCAL_RANK", 0)
     gpus(2)
     with pytest.raises(BadInput, match="--nproc-per-node 2 at most"):
         choose_devices("0")
