@@ -17,6 +17,10 @@ from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
+import utils.launcher  # noqa: F401 first, as the import of torch takes seconds
+
+# isort: split
+
 import torch
 from torch import nn
 from torch.nn import functional as F

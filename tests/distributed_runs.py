@@ -3,6 +3,10 @@
 import os
 import sys
 
+import utils.launcher  # noqa: F401 first, as in imagenet.py
+
+# isort: split
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel

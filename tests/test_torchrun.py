@@ -240,6 +240,15 @@ def test_one_process_exports(command, images, tmp_path):
     assert (tmp_path / "plain.pth").exists()
 
 
+def test_torchrun_is_killed_while_the_processes_start(images, tmp_path):
+    process = torchrun(2, "as-it-is", *SMALL, "-d", images, "-c", tmp_path / "run")
+    wait_for(lambda: len(left(tmp_path / "run")) == 3)
+    time.sleep(0.5)  # in the import of torch
+    process.kill()
+    wait_for(lambda: not left(tmp_path / "run"), 30)
+    process.communicate(timeout=30)
+
+
 def test_parts_that_are_not_even_are_refused(images, tmp_path):
     process = torchrun(3, "as-it-is", *SMALL, "-d", images, "-c", tmp_path / "run")
     _, err = process.communicate(timeout=90)

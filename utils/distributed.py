@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import BadInput, RunFailed
+from utils.launcher import PARENT
 
 # As torchrun sets them; without it, there is one process.
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -69,7 +70,7 @@ def join(device: torch.device) -> None:
         BadInput: the environment speaks of several processes, and of no place to meet.
     """
     if UNDER_TORCHRUN:
-        _end_with(os.getppid())
+        _end_with(PARENT)
     if PROCESSES == 1:
         return
     if "MASTER_ADDR" not in os.environ:
