@@ -23,7 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import BadInput, RunFailed
 from utils.images import decode, random_resized_crop, resized_center_crop
-from utils.signals import ENDING, REQUESTS, ignore
+from utils.signals import ENDING, REQUESTS, held, ignore
 
 # ImageNet's, of pixels in 0..1
 MEAN = (0.485, 0.456, 0.406)
@@ -255,6 +255,8 @@ def load(
         generator=torch.Generator(),  # otherwise each pass draws a number from the global one
     )
     named = set()
+    with held(ENDING + REQUESTS):
+        batches = iter(batches)
     for batch in batches:
         if batch.bad and not skip_bad:
             raise RunFailed(

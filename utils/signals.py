@@ -1,7 +1,9 @@
 """Signals, answered between two optimizer steps, with nothing lost."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 # Windows has but two.
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -45,3 +47,16 @@ def ignore(numbers: tuple[signal.Signals, ...]) -> None:
     """Let signals that would end the process pass by."""
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def held(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Let signals wait outside: a worker that is started inside must not be hit before it ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
