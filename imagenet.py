@@ -269,7 +269,9 @@ class Training:
             "rng": checkpoints.random_state(),
             "options": self.options,
         }
-        names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
+        names = [checkpoints.LAST] + is_best * [checkpoints.BEST]
+        if self.args.keep_freq and self.step == 0 and self.epoch % self.args.keep_freq == 0:
+            names.append(checkpoints.KEPT.format(self.epoch))
         self.write(self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
 
     def write(self, files: dict[str, bytes | memoryview]) -> None:
@@ -774,3 +776,4 @@ def build_parser() -> Parser:
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.exit(main())
+    add("--keep-freq", **natural, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")

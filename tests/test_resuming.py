@@ -550,3 +550,26 @@ def test_going_on_from_another_trainer(command, images, tmp_path):
     result = command(*words, "--epochs", 3, "--resume", file, "-c", tmp_path / "adam")
     assert result.status == 2
     assert "optimizer" in result.err
+
+
+def test_kept_epochs(command, images, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    words = [*SMALL, "-d", images, "--epochs", 5]
+    assert command(*words, "-c", run, "--keep-freq", 2).status == 0
+    kept = sorted(path.name for path in run.glob("*epoch*"))
+    assert kept == ["checkpoint.epoch2.pth.tar", "checkpoint.epoch4.pth.tar"]
+    assert [checkpoint(run, name)["epoch"] for name in kept] == [2, 4]
+    # From each of them the run goes on to the same end.
+    assert command("--resume", run / kept[0], "-c", elsewhere).status == 0
+    assert (elsewhere / "log.txt").read_text() == (run / "log.txt").read_text()
+    assert_same_run(run, elsewhere)
+    # They are a run: not written over without being asked, and then none of them stays.
+    for name in {path.name for path in run.iterdir()}:
+        if name not in kept:
+            (run / name).unlink()
+    result = command(*words, "-c", run)
+    assert result.status == 2
+    assert "already holds a run" in result.err
+    assert sorted(path.name for path in run.iterdir()) == kept
+    assert command(*words, "-c", run, "--overwrite", "--epochs", 1).status == 0
+    assert not list(run.glob("*epoch*"))

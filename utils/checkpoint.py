@@ -42,6 +42,7 @@ from utils.logger import COLUMNS
 FORMAT = 1
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PREVIOUS, DAMAGED = "checkpoint.prev.pth.tar", "checkpoint.damaged.pth.tar"
+KEPT = "checkpoint.epoch{}.pth.tar"  # of --keep-freq
 KEYS = {
     "epoch": int,
     "step": int,

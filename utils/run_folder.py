@@ -4,10 +4,11 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from utils.checkpoint import BEST, DAMAGED, LAST, PREVIOUS
+from utils.checkpoint import BEST, DAMAGED, KEPT, LAST, PREVIOUS
 from utils.errors import BadInput
 from utils.files import write_atomically
 from utils.logger import CURVES, LOG
@@ -58,7 +59,7 @@ class RunFolder:
         if self.overwrite:
             pass
         elif self.begins:
-            if any(os.path.exists(self.folder / name) for name in RESULTS):
+            if any(os.path.exists(self.folder / name) for name in RESULTS) or any(self._kept()):
                 raise BadInput(
                     f"--checkpoint: {self.folder} already holds a run: go on with it by --resume {self.folder}, "
                     "replace it by --overwrite, or write elsewhere with -c DIR"
@@ -96,7 +97,7 @@ class RunFolder:
     def _tidy(self) -> None:
         """Clear what a killed process left, put a damaged checkpoint aside, and take the best of the run along."""
         try:
-            for name in (*RESULTS, COMMAND, NOT_FINITE):
+            for name in (*RESULTS, KEPT.format("*"), COMMAND, NOT_FINITE):
                 for leftover in self.folder.glob(f".{name}.*"):
                     leftover.unlink()
             last = self.folder / LAST
@@ -106,6 +107,10 @@ class RunFolder:
                 self.pending[BEST] = self.best.read_bytes()
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _kept(self) -> Iterator[str]:
+        """The names of the checkpoints of past epochs."""
+        return (file.name for file in self.folder.glob(KEPT.format("*")))
 
     def _unwritable(self, error: OSError) -> BadInput:
         return BadInput(f"--checkpoint: can't write to {self.folder}: {error.strerror}")
@@ -127,7 +132,8 @@ class RunFolder:
         """
         self.pending |= files
         self.failure = ""
-        for name in (COMMAND, BEST, LOG, CURVES, LAST):
+        kept = self.pending.keys() - {COMMAND, BEST, LOG, CURVES, LAST}
+        for name in (COMMAND, BEST, LOG, CURVES, *kept, LAST):
             if name not in self.pending or (name == LAST and BEST in self.pending):  # on which it counts
                 continue
             data = self.pending[name]
@@ -146,7 +152,7 @@ class RunFolder:
         self.keeps_previous = True
         if self.begins:
             self.begins = False
-            for stale in {*RESULTS, DAMAGED, NOT_FINITE} - self.written - self.pending.keys():
+            for stale in {*RESULTS, *self._kept(), DAMAGED, NOT_FINITE} - self.written - self.pending.keys():
                 (self.folder / stale).unlink(missing_ok=True)
 
 
