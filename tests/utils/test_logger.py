@@ -1,12 +1,14 @@
 """log.txt and its curves."""
 
 import io
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from utils.errors import BadInput
-from utils.logger import COLUMNS, Logger, draw_curves, read_log
+from utils.logger import COLUMNS, Logger, draw_curves, main, read_log
 
 
 def test_rows_go_and_come_back(tmp_path):
@@ -32,7 +34,7 @@ def test_rows_go_and_come_back(tmp_path):
 
 def test_curves_mark_each_drop_of_the_rate():
     rows = [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Learning Rate": 0.1 ** (n // 3)} for n in range(1, 8)]
-    figure = draw_curves(rows, "title")
+    figure = draw_curves({"title": rows})
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == ["lr 0.1", "lr 0.01"]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
@@ -44,3 +46,73 @@ def test_damaged_logs(tmp_path, text):
     (tmp_path / "log.txt").write_text(text)
     with pytest.raises(BadInput, match=r"log\.txt"):
         read_log(tmp_path / "log.txt")
+
+
+def log(folder: Path, epochs: int) -> Path:
+    folder.mkdir(parents=True)
+    logger = Logger("title")
+    for epoch in range(1, epochs + 1):
+        logger.append(0.1, 2, 2, 20, 30 + epoch % 3, 50, 60, epoch, 0, 0)
+    (folder / "log.txt").write_bytes(logger.changes()["log.txt"])
+    return folder
+
+
+@pytest.fixture
+def compare(monkeypatch, capsys):
+    """Run main() with these words; gives status, stdout and stderr."""
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["logger", *map(str, words)])
+        return main(), *capsys.readouterr()
+
+    return run
+
+
+def test_runs_are_compared(compare, tmp_path):
+    one, other = log(tmp_path / "runs" / "one", 3), log(tmp_path / "runs" / "other", 50)
+    out = tmp_path / "curves.png"
+    status, text, errors = compare(one, other / "log.txt", "--out", out)
+    assert (status, errors) == (0, "")
+    assert text.splitlines() == [
+        "one: 3 epochs, top-1 30.00 %, best 32.00 % after epoch 2",
+        "other/log.txt: 50 epochs, top-1 32.00 %, best 32.00 % after epoch 2",
+    ]
+    with Image.open(out) as picture:
+        assert picture.size[0] > 800
+    before = out.read_bytes()
+    assert compare(one, "--out", out)[::2] == (
+        2,
+        f"utils.logger: --out: {out} exists; replace it by --overwrite, or name another file\n",
+    )
+    assert out.read_bytes() == before
+    assert compare(one, "--out", out, "--overwrite")[0] == 0
+    assert out.read_bytes() != before
+
+
+def test_each_run_has_a_curve_and_a_name():
+    rows = [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Valid Acc.": n} for n in range(1, 5)]
+    figure = draw_curves({"a": rows, "b": rows[:2], "c": rows})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+    for axes in figure.axes:
+        assert len(axes.get_lines()) == 6
+        lightness = [sum(line.get_color()[:3]) for line in axes.get_lines()[1::2]]
+        assert lightness == sorted(lightness)  # told apart in grayscale
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["nowhere", "--out", "a.png"], "nowhere: can't be read: No such file or directory"),
+        (["damaged", "--out", "a.png"], "damaged/log.txt: damaged, or no log of this trainer"),
+        (["run", "--out", "a.xyz"], "--out: a.xyz should end in .png, .pdf or .svg"),
+        (["run", "--out", "no/folder/a.png"], "--out: can't write no/folder/a.png: No such file or directory"),
+        (["run"], "the following arguments are required: --out"),
+        (["--out", "a.png"], "the following arguments are required: RUN"),
+    ],
+)
+def test_comparisons_that_are_refused(compare, tmp_path, monkeypatch, words, reason):
+    monkeypatch.chdir(tmp_path)
+    log(tmp_path / "run", 2)
+    (log(tmp_path / "damaged", 2) / "log.txt").write_text("Learning Rate\n")
+    assert compare(*words) == (2, "", f"utils.logger: {reason}\n")
+    assert not Path("a.png").exists()
