@@ -21,14 +21,16 @@ import utils.launcher  # noqa: F401 first, as the import of torch takes seconds
 
 # isort: split
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import models
+from models.inspection import inspect_layers
 from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excited_once, fold
 from utils import checkpoint as checkpoints
-from utils import distributed
+from utils import distributed, pictures
 from utils.accuracy import Scores, batch_sums
 from utils.arguments import Parser, as_words, flag, number, path
 from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize
@@ -54,7 +56,7 @@ DEMO = {
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
-ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch")
+ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch", "visualize")
 
 
 class NotFinite(ArithmeticError):
@@ -112,6 +114,8 @@ def run(argv: list[str]) -> int:
     args, saved, file = parse(argv)
     if args.export is not None:
         return export(args, saved, file) if distributed.RANK == 0 else 0
+    if args.visualize is not None:
+        return visualize(args, saved, file) if distributed.RANK == 0 else 0
     if not args.evaluate:
         if saved and saved.get("epoch", 0) >= args.epochs:
             print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
@@ -518,6 +522,52 @@ def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
     return 0
 
 
+def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
+    """Draw what excitation does to the run's weights, and how its gates moved over the checkpoints beside it."""
+    targets = {name: os.path.join(args.visualize, name) for name in pictures.NAMES}
+    present = [target for target in targets.values() if os.path.exists(target)]
+    if present and not args.overwrite:
+        raise BadInput(f"--visualize: {present[0]} exists; replace it by --overwrite, or name another folder")
+    model = create_model(args, len(saved["classes"]), pretrained=False)
+    history = gates_by_epoch(model, file)
+    checkpoints.load_weights(model, saved["state_dict"], file)
+    layers = list(inspect_layers(model))
+    if not layers:
+        raise BadInput(f"--visualize: {file} is of a network whose weights are plain; there is nothing to see")
+    title = f"{args.arch}, excitation {args.excitation} ({args.formulation}), after epoch {saved['epoch']}"
+    figures = pictures.draw(layers, history, title)
+    try:
+        os.makedirs(args.visualize, exist_ok=True)
+        for name, figure in figures.items():
+            write_atomically(
+                targets[name], lambda stream, figure=figure: figure.savefig(stream, format="png", dpi=pictures.DPI)
+            )
+            print(targets[name])
+        for name in targets.keys() - figures.keys():  # one of another network
+            Path(targets[name]).unlink(missing_ok=True)
+    except OSError as error:
+        raise BadInput(f"--visualize: can't write into {args.visualize}: {error.strerror}") from error
+    if "gates.png" not in figures:
+        print(f"No gates.png: --excitation {args.excitation} --formulation {args.formulation} has no gates")
+    elif "history.png" not in figures:
+        print(f"No history.png: {file.parent} has one epoch's checkpoint; a run with --keep-freq 1 has all")
+    return 0
+
+
+def gates_by_epoch(model: nn.Module, file: Path) -> dict[int, list[np.ndarray]]:
+    """The gates of the network, or the same samples of them, after each epoch that has a checkpoint beside ``file``."""
+    gates = {}
+    for other in sorted({file, *file.parent.glob("*.pth.tar")}):
+        with contextlib.suppress(BadInput):  # one that is damaged, or of another network
+            saved = checkpoints.load(other)
+            checkpoints.load_weights(model, saved["state_dict"], other)
+            if saved.get("step") == 0 and saved["epoch"] not in gates:
+                layers = inspect_layers(model)
+                gates[saved["epoch"]] = [pictures.sample(layer.gates) for layer in layers if layer.gates is not None]
+                print(f"After epoch {saved['epoch']}: {other}")
+    return dict(sorted(gates.items()))
+
+
 def mixed_precision(amp: str, devices: list[torch.device]) -> torch.autocast:
     """The types of --amp for a forward pass."""
     return torch.autocast(devices[0].type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
@@ -632,8 +682,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
     saved = file = None
     if args.resume is not None:
         file, saved = checkpoints.find(args.resume)
-        if "options" not in saved and args.export is not None:
-            raise BadInput(f"--export: {file} is of another trainer, and its options are not known")
+        for name in ("export", "visualize"):
+            if "options" not in saved and getattr(args, name) is not None:
+                raise BadInput(f"{flag(name)}: {file} is of another trainer, and its options are not known")
         if args.start_epoch is not None and "epoch" in saved:
             raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
         if args.pretrained:
@@ -675,8 +726,11 @@ def check(args: argparse.Namespace, resumed: bool) -> None:
         raise BadInput("--evaluate: there are no weights; give --resume FILE or --pretrained")
     if args.evaluate and args.excitation is not None and not resumed:
         raise BadInput("--excitation: it would only destroy the pretrained weights; leave it out, or train with it")
-    if args.export is not None and (not resumed or args.evaluate):
-        raise BadInput("--export: it needs --resume RUN, and goes without --evaluate")
+    outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
+    if len(outputs) > 1:
+        raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
+    if outputs and not resumed and not args.evaluate:
+        raise BadInput(f"{flag(outputs[0])}: it needs --resume RUN")
     if args.start_epoch >= args.epochs:
         raise BadInput(f"--start-epoch {args.start_epoch}: nothing is left of --epochs {args.epochs}")
     try:
@@ -760,9 +814,11 @@ def build_parser() -> Parser:
     )
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--save-freq", **natural, default=0, help="optimizer steps between checkpoints; 0: each epoch [%(default)s]")
+    add("--keep-freq", **natural, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")
     add("--resume", type=path, metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
     add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
+    add("--visualize", type=path, metavar="DIR", help="draw the weights and gates of --resume")
 
     add = parser.add_argument_group("devices").add_argument
     add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")
@@ -776,4 +832,3 @@ def build_parser() -> Parser:
 if __name__ == "__main__":
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.exit(main())
-    add("--keep-freq", **natural, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")

@@ -90,6 +90,8 @@ class ChannelGate(Gate):
     initialization, so each gate starts close to a constant that its channel has learned nothing about yet.
     """
 
+    NEUTRAL = 1.0  # the statistic of filters that are all alike
+
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
         super().__init__(out_channels, max(out_channels // GATE_REDUCTION, 1), device, dtype)
 
@@ -109,6 +111,8 @@ class LocationGate(Gate):
     a_o = sigmoid(FC2(relu(FC1(mean over kh, kw of W'_o)))) for each filter o of the standardized weight W'.
     FC1: I -> max(in_channels // 16, 1), FC2 back to I; the layer's O filters share them.
     """
+
+    NEUTRAL = 0.0  # the mean of a standardized filter
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
         super().__init__(in_channels // groups, max(in_channels // GATE_REDUCTION, 1), device, dtype)

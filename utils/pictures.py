@@ -1,0 +1,204 @@
+"""Pictures of what a network's excitation has learned, from the numbers of models/inspection.py.
+
+All of them read in grayscale: what differs in colour differs in lightness, marker or line as well.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+SAMPLE = 20_000  # points of a scatter; more hide each other
+GATE_SAMPLE = 4096  # gates of a layer that are followed over training
+AXIS_NAMES = 25  # layers that an axis has room to name
+DPI = 150
+NAMES = ("weights.png", "filters.png", "gates.png", "history.png")
+
+
+class Layer(Protocol):
+    """The numbers of an excited convolution, as models/inspection.py has them."""
+
+    name: str
+    raw: np.ndarray
+    excited: np.ndarray
+    relative: np.ndarray | None
+    gates: np.ndarray | None
+    constants: np.ndarray | None
+
+
+def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], title: str) -> dict[str, Figure]:
+    """Those of the pictures NAMES for which there are gates, and checkpoints of more than one epoch.
+
+    Args:
+        layers: from the first to the last.
+        history: the argument of :func:`draw_history`.
+    """
+    figures = {
+        "weights.png": draw_weights(layers, title),
+        "filters.png": draw_filters(layers[0].raw, layers[0].excited, title),
+    }
+    if any(layer.gates is not None for layer in layers):
+        figures["gates.png"] = draw_gates(layers, title)
+        if len(history) > 1:
+            figures["history.png"] = draw_history(history, title)
+    return figures
+
+
+def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
+    """The gates of each layer, and how much of their spread comes from the weights and how much from constants."""
+    layers = [layer for layer in layers if layer.gates is not None]
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    figure.suptitle(title)
+    above, below = figure.subplots(2, 1, sharex=True)
+    places = np.arange(1, len(layers) + 1)
+    percentiles = [np.percentile(layer.gates, (5, 25, 50, 75, 95)) for layer in layers]
+    boxes = [
+        {"whislo": low, "q1": first, "med": middle, "q3": third, "whishi": high}
+        for low, first, middle, third, high in percentiles
+    ]
+    above.bxp(
+        boxes,
+        positions=places,
+        showfliers=False,
+        patch_artist=True,
+        boxprops={"facecolor": "0.85"},
+        medianprops={"color": "black", "linewidth": 2},
+    )
+    above.axhline(0.5, color="0.6", linestyle=":", zorder=0)
+    above.set(ylabel="gate", title="gates: median, quartiles, 5th and 95th percentile")
+    spreads = {
+        "gates": ([layer.gates.std() for layer in layers], {"color": "black", "marker": "o"}),
+        "gate minus constant: from the weights": (
+            [(layer.gates - layer.constants).std() for layer in layers],
+            {"color": "tab:orange", "marker": "^", "linestyle": "--"},
+        ),
+        "constant: the gate if all filters were alike": (
+            [layer.constants.std() for layer in layers],
+            {"color": "tab:blue", "marker": "s", "linestyle": ":"},
+        ),
+    }
+    for label, (values, style) in spreads.items():
+        below.plot(places, values, label=label, markersize=5, **style)
+    below.set(ylabel="standard deviation", title="spread of a layer's gates, and where it comes from")
+    below.set_ylim(0, 1.4 * below.get_ylim()[1])  # room for the legend
+    below.legend()
+    below.grid(alpha=0.25)
+    name_depth(below, [layer.name for layer in layers])
+    return figure
+
+
+def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
+    """Excited against raw weights of three layers, the curve of the map, its gradient gain, and the gain by depth."""
+    mapped = layers[0].relative is not None
+    figure = Figure(figsize=(10, 6 if mapped else 3.2), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(2 if mapped else 1, 3, squeeze=False)
+    chosen = [layers[0], layers[len(layers) // 2], layers[-1]]
+    for place, layer in zip(axes[0], chosen, strict=True):
+        step = max(1, layer.raw.size // SAMPLE)
+        raw, excited = layer.raw.ravel()[::step], layer.excited.ravel()[::step]
+        place.plot(raw, excited, ".", color="black", markersize=2, alpha=0.25, rasterized=True)
+        place.set(title=layer.name, xlabel="raw weight", ylabel="excited weight")
+        place.xaxis.get_major_locator().set_params(nbins=4)
+        place.grid(alpha=0.25)
+    if mapped:
+        draw_map(*axes[1], layers, chosen)
+    return figure
+
+
+def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chosen: Sequence[Layer]) -> None:
+    """The map; its gradient gain over the weights that enter it; and the gain that each layer's weights have."""
+    largest = 1 / 1.1
+    weight = np.linspace(-largest, largest, 401)
+    curve.plot(weight, np.arctanh(weight), color="black", label="f(w) / MA")
+    curve.plot(weight, weight, color="0.5", linestyle="--", label="w / MA")
+    curve.set(title="the map", xlabel="w / MA", ylabel="f(w) / MA")
+    curve.legend()
+    gain.plot(weight, 1 / (1 - weight**2), color="black", linewidth=2, label="gain, df/dw")
+    gain.set(title="gain, and where weights lie", xlabel="w / MA", ylabel="gain")
+    shares = gain.twinx()
+    for layer, style in zip(chosen, ("-", "--", ":"), strict=True):
+        share, edges = np.histogram(layer.relative, bins=40, range=(-largest, largest))
+        shares.stairs(100 * share / share.sum(), edges, color="tab:blue", linestyle=style, label=layer.name)
+    shares.set(ylabel="weights (%)", ylim=(0, 2.4 * shares.get_ylim()[1]))  # leaves the upper half to the legend
+    entries = [axes.get_legend_handles_labels() for axes in (gain, shares)]
+    gain.legend(*map(itertools.chain.from_iterable, zip(*entries, strict=True)), loc="upper center", fontsize="small")
+    gains = [np.percentile(1 / (1 - layer.relative**2), (50, 99, 100)) for layer in layers]
+    for values, label, marker in zip(zip(*gains, strict=True), ("median", "99 %", "largest"), "os^", strict=True):
+        depth.plot(
+            range(1, len(layers) + 1), values, label=label, marker=marker, markersize=4, color="0.2", linewidth=1
+        )
+    depth.set(title="gain of each layer's weights", ylabel="gain", xlabel="layer, from the input")
+    depth.legend()
+    for axes in (curve, depth):
+        axes.grid(alpha=0.25)
+
+
+def draw_history(gates: dict[int, Sequence[np.ndarray]], title: str) -> Figure:
+    """How the gates moved over training.
+
+    Args:
+        gates: {epoch: the gates of each layer, or the same sample of them}, at least two epochs, ascending.
+    """
+    epochs = list(gates)
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    figure.suptitle(title)
+    means, moves = figure.subplots(1, 2)
+    shades = ScalarMappable(Normalize(1, len(gates[epochs[0]])), colormaps["viridis"])
+    for layer, course in enumerate(zip(*gates.values(), strict=True)):
+        style = {"color": shades.to_rgba(layer + 1), "marker": "o", "markersize": 3, "linewidth": 1}
+        means.plot(epochs, [values.mean() for values in course], **style)
+        moves.plot(epochs, [np.sqrt(np.mean((values - course[0]) ** 2)) for values in course], **style)
+    means.set(title="mean gate of each layer", ylabel="gate")
+    moves.set(title=f"distance from the gates after epoch {epochs[0]}", ylabel="root mean square of the change")
+    for axes in (means, moves):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+    figure.colorbar(shades, ax=(means, moves), label="layer, from the input", format="%d")
+    return figure
+
+
+def draw_filters(raw: np.ndarray, excited: np.ndarray, title: str) -> Figure:
+    """The first layer's filters, (O, 3, kh, kw), before and after excitation."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure.suptitle(title)
+    for axes, weight, name in zip(figure.subplots(1, 2), (raw, excited), ("raw", "excited"), strict=True):
+        end = max(float(np.percentile(np.abs(weight), 99.5)), np.finfo(np.float32).tiny)
+        axes.imshow(tile((0.5 + weight / (2 * end)).clip(0, 1)), interpolation="nearest")
+        axes.set(title=f"{name}: black {-end:.2g}, gray 0, white {end:.2g}", xticks=[], yticks=[])
+    return figure
+
+
+def tile(filters: np.ndarray) -> np.ndarray:
+    """Filters (O, 3, kh, kw), in [0, 1], as one picture (rows, columns, 3) with white lines between them."""
+    count, _, height, width = filters.shape
+    columns = max(8, math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / columns)
+    cells = np.ones((rows * columns, height + 1, width + 1, 3))
+    cells[:count, 1:, 1:] = filters.transpose(0, 2, 3, 1)
+    picture = cells.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2)
+    picture = picture.reshape(rows * (height + 1), columns * (width + 1), 3)
+    return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=1.0)
+
+
+def sample(gates: np.ndarray) -> np.ndarray:
+    """Some thousand of a layer's gates, always the same ones."""
+    return gates.ravel()[:: max(1, gates.size // GATE_SAMPLE)]
+
+
+def name_depth(axes: Axes, names: Sequence[str]) -> None:
+    """Label the places 1, 2, ... with the layers' names, or only count where there are too many."""
+    axes.set_xlabel("layer, from the input")
+    if len(names) <= AXIS_NAMES:
+        axes.set_xticks(range(1, len(names) + 1), names, rotation=90, fontsize="small")
+    else:
+        ticks = range(10, len(names) + 1, 10)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
