@@ -35,5 +35,10 @@ def timed(run: Callable[[], None]) -> float:
 
 def table(rows: list[list[str]]) -> None:
     """Print Markdown; the first row is the header."""
+    print(markdown(rows), end="\n\n", flush=True)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is the header."""
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows), end="\n\n", flush=True)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,193 @@
+"""The study: its statistics against textbooks, its runs through the command, and what is stored in the repository."""
+
+import gzip
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+from benchmarks import fashion_mnist, study
+from tests.helpers import ROOT
+from utils.logger import read_log
+
+FEW = {
+    "l_resnet18": {name: study.NETWORKS["l_resnet18"][name] for name in ("none", "map")},
+    "resnet18": {"none, not standardized": study.NETWORKS["resnet18"]["none, not standardized"]},
+}
+OPTIONS = ["--", "--epochs", "2", "--image-size", "32", "--train-batch", "4", "--test-batch", "4"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the study's main() over two variants of one network and one of the other; gives status, stdout, stderr."""
+    monkeypatch.setattr(study, "NETWORKS", FEW)
+
+    def run(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["study", *map(str, words)])
+        return study.main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("freedom", "probability", "quantile"),
+    # From the tables of textbooks.
+    [
+        (1, 0.975, 12.706),
+        (2, 0.975, 4.303),
+        (4, 0.975, 2.776),
+        (4, 0.95, 2.132),
+        (9, 0.975, 2.262),
+        (100, 0.975, 1.984),
+    ],
+)
+def test_student_t(freedom, probability, quantile):
+    assert study.student_t(freedom, probability) == pytest.approx(quantile, abs=6e-4)
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(3, 2, (2000, 5))
+    intervals = [study.interval(list(values)) for values in draws]
+    assert np.mean([abs(mean - 3) < half for mean, half in intervals]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_the_map_is_one_network_in_both_formulations():
+    outputs = []
+    for options in ({"excitation": "lwe", "formulation": "channel"}, {"excitation": "mwe", "formulation": "paper"}):
+        torch.manual_seed(0)
+        outputs.append(models.create("l_resnet18", num_classes=3, **options)(torch.ones(1, 3, 32, 32)))
+    assert torch.equal(*outputs)
+
+
+def test_a_study(run, images, tmp_path):
+    out = tmp_path / "study"
+    words = ["--data", images, "--out", out, "--seeds", 2, "--rates", 0.001, 1e9, "--jobs", 2, *OPTIONS]
+    status, text, errors = run(*words)
+    # A rate at which nothing trains is told, is in the table, and isn't chosen.
+    assert status == 1
+    assert "rate 1e+09, seed 1000: imagenet.py: Epoch 1/2" in errors
+    assert "rate 4/4" in text
+    assert "run 6/6" in text
+    assert not list(out.rglob("*.pth.tar"))
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    logs = {log.relative_to(out).parent.as_posix(): read_log(log) for log in out.rglob("log.txt")}
+    assert [row[:2] for row in table[2:5]] == [
+        ["l_resnet18, GroupNorm", "none"],
+        ["l_resnet18, GroupNorm", "map"],
+        ["resnet18, BatchNorm", "none, not standardized"],
+    ]
+    none, mapped = (
+        [logs[f"l_resnet18/{name}/seed{seed}"][-1]["Valid Acc."] for seed in (0, 1)] for name in ("none", "map")
+    )
+    differences = [a - b for a, b in zip(mapped, none, strict=True)]
+    half = 12.706 * statistics.stdev(differences) / 2**0.5
+    assert table[3][3:6] == [f"{statistics.mean(mapped):.2f}", f"{statistics.stdev(mapped):.2f}", "2 of 2"]
+    assert float(table[3][6]) == pytest.approx(statistics.mean(differences), abs=0.006)
+    low, high = map(float, table[3][7].split(" to "))
+    assert (high - low) / 2 == pytest.approx(half, abs=0.02)
+    assert table[-2][0] == "l_resnet18, none"
+    assert table[-2][2:] == ["no result", "0.001"]
+    assert all(rows[0]["Learning Rate"] == 0.001 for rows in logs.values())
+
+    # Again from the logs alone: the same; and a run that is missing is made, and nothing else.
+    first = (out / "results.md").read_text()
+    shutil.rmtree(out / "l_resnet18" / "map" / "seed1")
+    assert run("--out", out)[1].count("| 1 of 2 |") == 1
+    status, text, errors = run(*words)
+    assert "run 6/6  l_resnet18, map, rate 0.001, seed 1: top-1" in text
+    assert "run 5/6" not in text
+    assert (out / "results.md").read_text() == first
+    assert run("--out", out) == (0, first, "")
+    with Image.open(out / "results.png") as picture:
+        assert picture.size[0] > 1000
+    header, *rows = [line.split("\t") for line in (out / "results.tsv").read_text().splitlines()]
+    assert header[3:6] == ["mean", "std", "seeds"]
+    assert [row[1] for row in rows] == ["none", "map", "none, not standardized"]
+
+    status, _, errors = run(*words, "--epochs", 3)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "holds a study with recipe" in errors
+    assert (out / "results.md").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--out", "new"], "--out: new holds no study; give --data to make one"),
+        (["--out", "new", "--data", "nowhere"], "--data: there is no folder nowhere/train"),
+        (["--out", "damaged"], "--out: damaged/study.json is damaged"),
+        (["--out", "damaged", "--seeds", "1"], "--seeds: 1 is out of bounds"),
+        (["--out", "file", "--data", "images"], "--out: can't write into file"),
+        (["--out", "new", "--data", "images", "--", "--no-such"], "unrecognized arguments: --no-such"),
+    ],
+)
+def test_refusals(run, tmp_path, monkeypatch, words, reason):
+    monkeypatch.chdir(tmp_path)
+    Path("images", "train").mkdir(parents=True)
+    Path("damaged").mkdir()
+    Path("damaged", "study.json").write_text("{")
+    Path("file").write_text("")
+    status, out, errors = run(*words)
+    assert (status, out, errors.count("\n")) == (2, "", 1)
+    assert reason in errors
+    assert not Path("new").exists()
+
+
+def test_a_stopped_study_goes_on(images, tmp_path):
+    words = ["-m", "benchmarks.study", "--data", str(images), "--out", str(tmp_path / "study"), "--rates", "0.001"]
+    process = subprocess.Popen(
+        [sys.executable, *words, *OPTIONS, "--epochs", "10000"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "study" / "rates" / "l_resnet18" / "0.001" / "log.txt"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.strip() == "benchmarks.study: stopped; the same command goes on"
+    checkpoint = torch.load(log.with_name("checkpoint.pth.tar"), weights_only=True)
+    # It ended with the step and saved; it was not killed.
+    assert 0 < checkpoint["epoch"] < 10000
+
+
+def test_fashion_mnist(tmp_path, monkeypatch, capsys):
+    source, rng = tmp_path / "source", np.random.default_rng(0)
+    source.mkdir()
+    pixels = {
+        "train": rng.integers(0, 256, (30, 28, 28), np.uint8),
+        "t10k": rng.integers(0, 256, (20, 28, 28), np.uint8),
+    }
+    for name, values in pixels.items():
+        with gzip.open(source / f"{name}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">4i", 2051, *values.shape) + values.tobytes())
+        with gzip.open(source / f"{name}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">2i", 2049, len(values)) + bytes(index % 10 for index in range(len(values))))
+    out = tmp_path / "some" / "folder"
+    words = ["fashion_mnist", "--source", str(source), "--out", str(out), "--per-class", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    fashion_mnist.main()
+    files = sorted(file.relative_to(out).as_posix() for file in out.rglob("*.png"))
+    assert len(files) == 20 + 20
+    assert "train/Ankle boot/00019.png" in files
+    assert "val/T-shirt-top/00010.png" in files
+    for index, file in ((19, "train/Ankle boot/00019.png"), (9, "train/Ankle boot/00009.png")):
+        with Image.open(out / file) as image:
+            assert np.array_equal(np.asarray(image), pixels["train"][index])
+    assert [path.name for path in out.parent.iterdir()] == ["folder"]
+    with pytest.raises(SystemExit) as stop:
+        fashion_mnist.main()
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err == f"benchmarks.fashion_mnist: --out: {out} exists; name another folder, or remove it\n"
+    )
