@@ -273,12 +273,12 @@ class Training:
             "rng": checkpoints.random_state(),
             "options": self.options,
         }
-        names = [checkpoints.LAST] + is_best * [checkpoints.BEST]
-        if self.args.keep_freq and self.step == 0 and self.epoch % self.args.keep_freq == 0:
-            names.append(checkpoints.KEPT.format(self.epoch))
-        self.write(self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint)))
+        names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
+        is_kept = self.args.keep_freq and self.step == 0 and self.epoch % self.args.keep_freq == 0
+        files = self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint))
+        self.write(files, checkpoints.KEPT.format(self.epoch) if is_kept else None)
 
-    def write(self, files: dict[str, bytes | memoryview]) -> None:
+    def write(self, files: dict[str, bytes | memoryview], keep: str | None = None) -> None:
         """Write into the run's folder, or say that it failed."""
         self.run_folder.save(files)
         if self.run_folder.failure:

@@ -31,7 +31,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], prev
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; a run's are like any other
         if previous is not None:
-            _link(path, previous)
+            with contextlib.suppress(OSError):  # a file system without hard links has to do without
+                link(path, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -40,14 +41,17 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], prev
     _sync_folder(path.parent)
 
 
-def _link(path: Path, name: Path) -> None:
-    """Give the file another name as well; a file system without hard links has to do without."""
+def link(path: Path, name: Path) -> None:
+    """Give the file another name as well, in place of what had that name.
+
+    Raises:
+        OSError: the file system has no hard links, or the folder can't be written.
+    """
     temporary = name.with_name(f".{name.name}.link")
-    with contextlib.suppress(OSError):
-        temporary.unlink(missing_ok=True)
-        os.link(path, temporary)
-        os.replace(temporary, name)
-        temporary.unlink(missing_ok=True)  # replace() leaves it where both are the same file
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # replace() leaves it where both are the same file
 
 
 def _sync_folder(folder: Path) -> None:

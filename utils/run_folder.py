@@ -10,7 +10,7 @@ from types import TracebackType
 
 from utils.checkpoint import BEST, DAMAGED, KEPT, LAST, PREVIOUS
 from utils.errors import BadInput
-from utils.files import write_atomically
+from utils.files import link, write_atomically
 from utils.logger import CURVES, LOG
 
 try:
@@ -79,11 +79,10 @@ class RunFolder:
     def __enter__(self) -> "RunFolder":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            self.lock = take_lock(self.folder, "--checkpoint")
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            _take(self.lock, self.folder)
             self._check()  # again, as it may have taken long to come here
             self._tidy()
         except BaseException:
@@ -121,7 +120,7 @@ class RunFolder:
         old = file.read_bytes() if not self.begins and os.path.exists(file) else b""
         self.pending[COMMAND] = old + text.encode(errors="surrogateescape")
 
-    def save(self, files: dict[str, bytes | memoryview]) -> None:
+    def save(self, files: dict[str, bytes | memoryview], keep: str | None = None) -> None:
         """Write files, and those that an earlier save could not.
 
         A failure is kept in ``failure``, and what was there before stands. The files of a run that this one replaces go
@@ -129,11 +128,11 @@ class RunFolder:
 
         Args:
             files: {name: contents}.
+            keep: a name by which the checkpoint stays when others have followed it.
         """
         self.pending |= files
         self.failure = ""
-        kept = self.pending.keys() - {COMMAND, BEST, LOG, CURVES, LAST}
-        for name in (COMMAND, BEST, LOG, CURVES, *kept, LAST):
+        for name in (COMMAND, BEST, LOG, CURVES, LAST):
             if name not in self.pending or (name == LAST and BEST in self.pending):  # on which it counts
                 continue
             data = self.pending[name]
@@ -146,6 +145,18 @@ class RunFolder:
                     self._replaced()
             except OSError as error:
                 self.failure = self.failure or f"can't write {self.folder / name}: {error.strerror}"
+        if keep is not None and LAST not in self.pending:
+            try:
+                self._keep(self.folder / keep)
+            except OSError as error:
+                self.failure = self.failure or f"can't write {self.folder / keep}: {error.strerror}"
+
+    def _keep(self, name: Path) -> None:
+        """Give the last checkpoint another name; where a file system has no hard links, another copy."""
+        try:
+            link(self.folder / LAST, name)
+        except OSError:
+            write_atomically(name, lambda file: file.write((self.folder / LAST).read_bytes()))
 
     def _replaced(self) -> None:
         """There is a checkpoint of this run, so what was of another one goes."""
@@ -165,14 +176,19 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _take(lock: int, folder: Path) -> None:
-    """Lock the open file until it is closed or the process ends, however it ends.
+def take_lock(folder: Path, flag: str) -> int:
+    """Lock the folder until the returned descriptor is closed or the process ends, however it ends.
 
     By lockf and not by flock, whose locks a worker would inherit and hold after the process was killed.
 
+    Args:
+        flag: that named the folder.
+
     Raises:
         BadInput: another process has it.
+        OSError: the folder can't be written.
     """
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if fcntl is None:
             raise OSError(errno.ENOLCK, "this system has none")
@@ -180,11 +196,11 @@ def _take(lock: int, folder: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             holder = os.read(lock, 200).decode(errors="replace") or "another process"
-            raise BadInput(
-                f"--checkpoint: {holder} is writing to {folder}: stop it first, or write elsewhere with -c DIR"
-            ) from error
+            os.close(lock)
+            raise BadInput(f"{flag}: {holder} is writing to {folder}: stop it first, or name another folder") from error
         print(f"{folder} can't be locked ({error.strerror}): see to it that no other run writes there")
     else:
         with contextlib.suppress(OSError):  # a disk that is full
             os.truncate(lock, 0)
             os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock
