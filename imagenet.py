@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import copy
 import difflib
 import io
 import math
@@ -280,7 +281,7 @@ class Training:
 
     def write(self, files: dict[str, bytes | memoryview], keep: str | None = None) -> None:
         """Write into the run's folder, or say that it failed."""
-        self.run_folder.save(files)
+        self.run_folder.save(files, keep)
         if self.run_folder.failure:
             print(f"\n{self.run_folder.failure}; the next save tries again", file=sys.stderr)
 
@@ -529,42 +530,43 @@ def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
     if present and not args.overwrite:
         raise BadInput(f"--visualize: {present[0]} exists; replace it by --overwrite, or name another folder")
     model = create_model(args, len(saved["classes"]), pretrained=False)
-    history = gates_by_epoch(model, file)
     checkpoints.load_weights(model, saved["state_dict"], file)
     layers = list(inspect_layers(model))
     if not layers:
         raise BadInput(f"--visualize: {file} is of a network whose weights are plain; there is nothing to see")
-    title = f"{args.arch}, excitation {args.excitation} ({args.formulation}), after epoch {saved['epoch']}"
-    figures = pictures.draw(layers, history, title)
+    has_gates = any(layer.gates is not None for layer in layers)
+    # Of a copy, as the layers have their arrays in common with the model.
+    history = gates_by_epoch(copy.deepcopy(model), saved, file) if has_gates else {}
+    place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
+    figures = pictures.draw(layers, history, f"{args.arch}, excitation {args.excitation} ({args.formulation}), {place}")
     try:
         os.makedirs(args.visualize, exist_ok=True)
         for name, figure in figures.items():
-            write_atomically(
-                targets[name], lambda stream, figure=figure: figure.savefig(stream, format="png", dpi=pictures.DPI)
-            )
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png", dpi=pictures.DPI)
+            write_atomically(targets[name], lambda stream, picture=picture: stream.write(picture.getbuffer()))
             print(targets[name])
-        for name in targets.keys() - figures.keys():  # one of another network
-            Path(targets[name]).unlink(missing_ok=True)
     except OSError as error:
         raise BadInput(f"--visualize: can't write into {args.visualize}: {error.strerror}") from error
-    if "gates.png" not in figures:
+    if not has_gates:
         print(f"No gates.png: --excitation {args.excitation} --formulation {args.formulation} has no gates")
-    elif "history.png" not in figures:
-        print(f"No history.png: {file.parent} has one epoch's checkpoint; a run with --keep-freq 1 has all")
+    elif len(history) < 2:
+        print(f"No history.png: {file.parent} has no checkpoints of other epochs; a run with --keep-freq 1 has")
     return 0
 
 
-def gates_by_epoch(model: nn.Module, file: Path) -> dict[int, list[np.ndarray]]:
-    """The gates of the network, or the same samples of them, after each epoch that has a checkpoint beside ``file``."""
+def gates_by_epoch(model: nn.Module, saved: dict, file: Path) -> dict[int, list[np.ndarray]]:
+    """The gates, or always the same ones of very many, after each epoch of the run that has a checkpoint beside it."""
     gates = {}
     for other in sorted({file, *file.parent.glob("*.pth.tar")}):
         with contextlib.suppress(BadInput):  # one that is damaged, or of another network
-            saved = checkpoints.load(other)
-            checkpoints.load_weights(model, saved["state_dict"], other)
-            if saved.get("step") == 0 and saved["epoch"] not in gates:
+            past = checkpoints.load(other)
+            checkpoints.load_weights(model, past["state_dict"], other)
+            is_before = "log" in past and past["log"] == saved["log"][: len(past["log"])]  # and of the same run
+            if is_before and past["step"] == 0 and past["epoch"] not in gates:
                 layers = inspect_layers(model)
-                gates[saved["epoch"]] = [pictures.sample(layer.gates) for layer in layers if layer.gates is not None]
-                print(f"After epoch {saved['epoch']}: {other}")
+                gates[past["epoch"]] = [pictures.sample(layer.gates) for layer in layers if layer.gates is not None]
+                print(f"After epoch {past['epoch']}: {other}")
     return dict(sorted(gates.items()))
 
 

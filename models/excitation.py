@@ -90,7 +90,7 @@ class ChannelGate(Gate):
     initialization, so each gate starts close to a constant that its channel has learned nothing about yet.
     """
 
-    NEUTRAL = 1.0  # the statistic of filters that are all alike
+    NEUTRAL = 1.0  # the statistic where all filters are equally large
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
         super().__init__(out_channels, max(out_channels // GATE_REDUCTION, 1), device, dtype)
@@ -112,7 +112,7 @@ class LocationGate(Gate):
     FC1: I -> max(in_channels // 16, 1), FC2 back to I; the layer's O filters share them.
     """
 
-    NEUTRAL = 0.0  # the mean of a standardized filter
+    NEUTRAL = 0.0  # the statistic where every kernel has the mean 0, as a standardized filter has on the whole
 
     def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
         super().__init__(in_channels // groups, max(in_channels // GATE_REDUCTION, 1), device, dtype)

@@ -21,7 +21,8 @@ class Layer(NamedTuple):
         relative: the map's argument over its pole, w / MA, (O, I, kh, kw); None without a map. The map's gradient is
             1 / (1 - relative^2).
         gates: (O, 1) of the channel gate, (O, I) of the location gate; None without a gate.
-        constants: of the same shape, what the gates would be if no filter differed from the others.
+        constants: of the same shape, what the gates would be if the weights told them nothing: if all filters were
+            equally large (channel gate), or each kernel had the mean 0 (location gate).
     """
 
     name: str

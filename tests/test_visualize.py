@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import SIZES, SMALL, TINY, checkpoint
+from utils.logger import COLUMNS
 
 
 def names(folder: Path) -> list[str]:
@@ -19,8 +20,9 @@ def test_a_run_with_all_its_epochs(command, images, tmp_path, formulation):
     run, out = tmp_path / "run", tmp_path / "some" / "pictures"
     words = [*TINY, "-d", images, "-c", run, "--formulation", formulation, "--epochs", 3, "--keep-freq", 1]
     assert command(*words).status == 0
-    # One of another network and one that is damaged are passed over.
+    # One of another network, one of another training, and one that is damaged are passed over.
     torch.save(checkpoint(run) | {"state_dict": {"a": torch.ones(1)}, "epoch": 7}, run / "other.pth.tar")
+    torch.save(checkpoint(run) | {"log": [[1.0] * len(COLUMNS)], "epoch": 2}, run / "a.pth.tar")
     (run / "damaged.pth.tar").write_text("no checkpoint")
     before = {path: path.read_bytes() for path in run.iterdir()}
     result = command("--resume", run, "--visualize", out)
@@ -43,6 +45,9 @@ def test_a_run_with_all_its_epochs(command, images, tmp_path, formulation):
     assert names(out) == ["gates.png", "history.png", "weights.png"]
     assert command("--resume", run, "--visualize", out, "--overwrite").status == 0
     assert {path: path.read_bytes() for path in out.iterdir()} == pictures
+    # Of an earlier epoch, only what came before it.
+    result = command("--resume", run / "checkpoint.epoch2.pth.tar", "--visualize", tmp_path / "earlier")
+    assert [line for line in result.out.splitlines() if "After" in line] == read[:2]
 
 
 @pytest.mark.parametrize(

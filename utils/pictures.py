@@ -1,6 +1,6 @@
 """Pictures of what a network's excitation has learned, from the numbers of models/inspection.py.
 
-All of them read in grayscale: what differs in colour differs in lightness, marker or line as well.
+They read in grayscale, the filters apart: what differs in colour differs in lightness, marker or line as well.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
 GATE_SAMPLE = 4096  # gates of a layer that are followed over training
@@ -52,7 +53,7 @@ def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], titl
 
 
 def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
-    """The gates of each layer, and how much of their spread comes from the weights and how much from constants."""
+    """The gates of each layer, and the spread of the gates, of the constants in them, and of what the weights add."""
     layers = [layer for layer in layers if layer.gates is not None]
     figure = Figure(figsize=(9, 6.6), layout="constrained")
     figure.suptitle(title)
@@ -70,23 +71,26 @@ def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
         patch_artist=True,
         boxprops={"facecolor": "0.85"},
         medianprops={"color": "black", "linewidth": 2},
+        widths=0.6,
     )
     above.axhline(0.5, color="0.6", linestyle=":", zorder=0)
     above.set(ylabel="gate", title="gates: median, quartiles, 5th and 95th percentile")
     spreads = {
         "gates": ([layer.gates.std() for layer in layers], {"color": "black", "marker": "o"}),
-        "gate minus constant: from the weights": (
+        "difference: what the weights say": (
             [(layer.gates - layer.constants).std() for layer in layers],
             {"color": "tab:orange", "marker": "^", "linestyle": "--"},
         ),
-        "constant: the gate if all filters were alike": (
+        "constants: the gates if weights told nothing": (
             [layer.constants.std() for layer in layers],
             {"color": "tab:blue", "marker": "s", "linestyle": ":"},
         ),
     }
     for label, (values, style) in spreads.items():
-        below.plot(places, values, label=label, markersize=5, **style)
-    below.set(ylabel="standard deviation", title="spread of a layer's gates, and where it comes from")
+        below.plot(places, values, label=label, **style | marks(len(layers)))
+    below.set(
+        ylabel="standard deviation", title="spread of a layer's gates, of the constants in them, and of the difference"
+    )
     below.set_ylim(0, 1.4 * below.get_ylim()[1])  # room for the legend
     below.legend()
     below.grid(alpha=0.25)
@@ -100,12 +104,14 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
     figure = Figure(figsize=(10, 6 if mapped else 3.2), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2 if mapped else 1, 3, squeeze=False)
-    chosen = [layers[0], layers[len(layers) // 2], layers[-1]]
-    for place, layer in zip(axes[0], chosen, strict=True):
+    chosen = [layers[index] for index in sorted({0, len(layers) // 2, len(layers) - 1})]
+    for place in axes[0][len(chosen) :]:
+        place.remove()
+    for place, layer in zip(axes[0], chosen, strict=False):
         step = max(1, layer.raw.size // SAMPLE)
         raw, excited = layer.raw.ravel()[::step], layer.excited.ravel()[::step]
         place.plot(raw, excited, ".", color="black", markersize=2, alpha=0.25, rasterized=True)
-        place.set(title=layer.name, xlabel="raw weight", ylabel="excited weight")
+        place.set(title=short(layer.name), xlabel="raw weight", ylabel="excited weight")
         place.xaxis.get_major_locator().set_params(nbins=4)
         place.grid(alpha=0.25)
     if mapped:
@@ -115,7 +121,7 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
 
 def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chosen: Sequence[Layer]) -> None:
     """The map; its gradient gain over the weights that enter it; and the gain that each layer's weights have."""
-    largest = 1 / 1.1
+    largest = 1 / 1.1  # as MA = 1.1 M
     weight = np.linspace(-largest, largest, 401)
     curve.plot(weight, np.arctanh(weight), color="black", label="f(w) / MA")
     curve.plot(weight, weight, color="0.5", linestyle="--", label="w / MA")
@@ -124,14 +130,14 @@ def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chos
     gain.plot(weight, 1 / (1 - weight**2), color="black", linewidth=2, label="gain, df/dw")
     gain.set(title="gain, and where weights lie", xlabel="w / MA", ylabel="gain")
     shares = gain.twinx()
-    for layer, style in zip(chosen, ("-", "--", ":"), strict=True):
+    for layer, style in zip(chosen, ("-", "--", ":"), strict=False):
         share, edges = np.histogram(layer.relative, bins=40, range=(-largest, largest))
-        shares.stairs(100 * share / share.sum(), edges, color="tab:blue", linestyle=style, label=layer.name)
+        shares.stairs(100 * share / share.sum(), edges, color="tab:blue", linestyle=style, label=short(layer.name))
     shares.set(ylabel="weights (%)", ylim=(0, 2.4 * shares.get_ylim()[1]))  # leaves the upper half to the legend
     entries = [axes.get_legend_handles_labels() for axes in (gain, shares)]
     gain.legend(*map(itertools.chain.from_iterable, zip(*entries, strict=True)), loc="upper center", fontsize="small")
-    gains = [np.percentile(1 / (1 - layer.relative**2), (50, 99, 100)) for layer in layers]
-    for values, label, marker in zip(zip(*gains, strict=True), ("median", "99 %", "largest"), "os^", strict=True):
+    gains = [np.percentile(1 / (1 - layer.relative**2), (50, 99, 99.9)) for layer in layers]
+    for values, label, marker in zip(zip(*gains, strict=True), ("median", "99 %", "99.9 %"), "os^", strict=True):
         depth.plot(
             range(1, len(layers) + 1), values, label=label, marker=marker, markersize=4, color="0.2", linewidth=1
         )
@@ -162,7 +168,7 @@ def draw_history(gates: dict[int, Sequence[np.ndarray]], title: str) -> Figure:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
-    figure.colorbar(shades, ax=(means, moves), label="layer, from the input", format="%d")
+    figure.colorbar(shades, ax=(means, moves), label="layer, from the input", ticks=MaxNLocator(integer=True))
     return figure
 
 
@@ -192,6 +198,16 @@ def tile(filters: np.ndarray) -> np.ndarray:
 def sample(gates: np.ndarray) -> np.ndarray:
     """Some thousand of a layer's gates, always the same ones."""
     return gates.ravel()[:: max(1, gates.size // GATE_SAMPLE)]
+
+
+def short(name: str) -> str:
+    """The end of a layer's name, which a narrow place has room for."""
+    return ".".join(name.split(".")[-3:])
+
+
+def marks(layers: int) -> dict:
+    """How to mark values of so many layers: of many, lines between them would only be a tangle."""
+    return {"markersize": 5} if layers <= AXIS_NAMES else {"markersize": 2.5, "linestyle": ""}
 
 
 def name_depth(axes: Axes, names: Sequence[str]) -> None:

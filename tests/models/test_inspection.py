@@ -42,7 +42,7 @@ def test_the_way_of_a_weight(excitation, formulation, standardize):
     np.testing.assert_allclose(layer.excited, weight, rtol=1e-4, atol=1e-6)
 
 
-def test_constants_are_the_gates_of_filters_that_are_alike():
+def test_constants_are_the_gates_of_weights_that_tell_nothing():
     torch.manual_seed(0)
     convs = nn.Sequential(Conv2d(16, 32, 3, formulation="channel"), Conv2d(32, 16, 3, formulation="paper"))
     with torch.no_grad():

@@ -36,17 +36,16 @@ def texts(figure) -> set[str]:
 def test_gates():
     layers = [layer("a"), layer("plain", gate=False), layer("b")]
     figure = draw_gates(layers, "title")
-    above, below = figure.axes
+    _, below = figure.axes
     assert {"title", "gate", "standard deviation", "layer, from the input", "gates"} <= texts(figure)
     assert [label.get_text() for label in below.get_xticklabels()] == ["a", "b"]
     curves = {line.get_label(): line.get_ydata() for line in below.get_lines()}
     spread = np.arange(8).std() / 100
-    assert curves["constant: the gate if all filters were alike"] == pytest.approx([spread, spread])
+    assert curves["constants: the gates if weights told nothing"] == pytest.approx([spread, spread])
     expected = (layers[0].gates - layers[0].constants).std()
-    assert curves["gate minus constant: from the weights"][0] == pytest.approx(expected)
+    assert curves["difference: what the weights say"][0] == pytest.approx(expected)
     many = draw_gates([layer(str(index)) for index in range(60)], "title")
     assert [label.get_text() for label in many.axes[1].get_xticklabels()] == ["10", "20", "30", "40", "50", "60"]
-    assert above is not below
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -59,10 +58,17 @@ def test_weights(mapped):
         curve = {line.get_label(): line for line in figure.axes[3].get_lines()}["f(w) / MA"]
         assert max(curve.get_ydata()) == pytest.approx(np.arctanh(1 / 1.1))
         gains = {line.get_label(): line.get_ydata() for line in figure.axes[5].get_lines()}
-        assert gains["largest"] == pytest.approx([1 / (1 - 1 / 1.21)] * 3, rel=1e-5)
+        expected_gain = np.percentile(1 / (1 - layers[0].relative ** 2), 99.9)
+        assert gains["99.9 %"] == pytest.approx([expected_gain] * 3)
         assert np.all(gains["median"] < gains["99 %"])
     assert expected <= texts(figure)
     assert len(figure.axes) == (7 if mapped else 3)
+
+
+def test_a_single_layer():
+    figure = draw_weights([layer("features.block.conv.0")], "title")
+    assert {"block.conv.0", "the map"} <= texts(figure)
+    assert len(figure.axes) == 5
 
 
 def test_history():
