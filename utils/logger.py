@@ -6,11 +6,13 @@ python -m utils.logger RUN [RUN ...] --out FILE.png
 import contextlib
 import io
 import itertools
+import math
 import os
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,6 +23,11 @@ from utils.errors import BadInput
 from utils.files import write_atomically
 
 LOG, CURVES = "log.txt", "log.png"
+SPLITS = {
+    "Train": {"label": "training", "color": "0.55", "linestyle": "--"},
+    "Valid": {"label": "validation", "color": "tab:blue"},
+}
+PICTURES = (".png", ".pdf", ".svg")
 COLUMNS = (
     "Learning Rate",
     "Train Loss",
@@ -45,9 +52,10 @@ def read_log(file: Path) -> list[dict[str, float]]:
         header, *lines = file.read_text().splitlines()
         if tuple(header.split("\t")) != COLUMNS:
             raise ValueError("other columns")
-        if not lines:
-            raise ValueError("no epochs")
-        return [dict(zip(COLUMNS, map(float, line.split("\t")), strict=True)) for line in lines]
+        rows = [dict(zip(COLUMNS, map(float, line.split("\t")), strict=True)) for line in lines]
+        if not rows or not all(math.isfinite(value) for row in rows for value in row.values()):
+            raise ValueError("no epochs, or no numbers")
+        return rows
     except OSError as error:
         raise BadInput(f"{file}: can't be read: {error.strerror}") from error
     except ValueError as error:
@@ -80,48 +88,56 @@ class Logger:
         picture = io.BytesIO()
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
         with contextlib.suppress(Exception):  # a picture must not end a run, and numbers beyond bounds can't be drawn
-            draw_curves({self.title: rows}).savefig(picture, format="png", dpi=120)
+            draw_curves(rows, self.title).savefig(picture, format="png", dpi=120)
             files[CURVES] = picture.getvalue()
         return files
 
 
-def draw_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
-    """Loss and accuracy over the epochs, training and validation, of one run or of several.
-
-    Args:
-        runs: {name: rows}. Of a single run, the name is the title, and the drops of the learning rate are marked.
-    """
-    figure = Figure(figsize=(10, 4.2 if len(runs) == 1 else 4.8 + 0.2 * len(runs)), layout="constrained")
-    # Each a shade of its own in grayscale as well; the marker tells those apart that are close.
-    styles = [
-        {
-            "color": "tab:blue" if len(runs) == 1 else colormaps["viridis"](0.85 * index / (len(runs) - 1)),
-            "marker": mark,
-        }
-        for index, mark in zip(range(len(runs)), itertools.cycle("osv^D*"), strict=False)
-    ]
-    for axes, quantity, label in zip(
-        figure.subplots(1, 2), ("Loss", "Acc."), ("loss (nats)", "top-1 (%)"), strict=True
-    ):
-        for rows, style in zip(runs.values(), styles, strict=True):
-            epochs = [row["Epoch"] for row in rows]
-            own = style if len(rows) < 40 else style | {"marker": None}
-            training = {"color": "0.55"} if len(runs) == 1 else {"linewidth": 0.9}
-            axes.plot(epochs, [row[f"Train {quantity}"] for row in rows], **own | {"linestyle": "--"} | training)
-            axes.plot(epochs, [row[f"Valid {quantity}"] for row in rows], **own)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-        if len(runs) == 1:
-            mark_drops(axes, rows)
-            axes.legend(axes.lines[:2], ("training", "validation"))
-    if len(runs) == 1:
-        figure.suptitle(*runs)
-    else:
-        figure.suptitle("Training (dashed) and validation (solid)")
-        handles = [Line2D([], [], label=name, **style) for name, style in zip(runs, styles, strict=True)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(runs), 2))
+def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
+    """Loss and accuracy over the epochs, training and validation, with the learning rate's drops marked."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    for quantity, axes in panels(figure).items():
+        for split, style in SPLITS.items():
+            draw_curve(axes, rows, f"{split} {quantity}", style | {"marker": "."})
+        mark_drops(axes, rows)
+        axes.legend()
     return figure
+
+
+def compare_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
+    """The curves of several runs over one another, {name: rows}: training dashed, validation solid."""
+    columns = 1 if max(map(len, runs)) > 50 else 2
+    figure = Figure(figsize=(10, 4.5 + 0.25 * math.ceil(len(runs) / columns)), layout="constrained")
+    figure.suptitle("Training (dashed) and validation (solid)")
+    # Each a shade of its own in grayscale as well; the marker tells those apart that are close.
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
+    styles = [{"color": shade, "marker": mark} for shade, mark in zip(shades, itertools.cycle("osv^D*"))]
+    for quantity, axes in panels(figure).items():
+        for rows, style in zip(runs.values(), styles, strict=True):
+            draw_curve(axes, rows, f"Train {quantity}", style | {"linestyle": "--", "linewidth": 0.9})
+            draw_curve(axes, rows, f"Valid {quantity}", style)
+    handles = [Line2D([], [], label=name, **style) for name, style in zip(runs, styles, strict=True)]
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    """{end of the column's name: axes} for loss and accuracy."""
+    axes = figure.subplots(1, 2)
+    for place, label in zip(axes, ("loss (nats)", "top-1 (%)"), strict=True):
+        place.set(xlabel="epoch", ylabel=label)
+        place.xaxis.get_major_locator().set_params(integer=True)
+        place.grid(alpha=0.25)
+    return dict(zip(("Loss", "Acc."), axes, strict=True))
+
+
+def draw_curve(axes: Axes, rows: list[dict[str, float]], column: str, style: dict) -> None:
+    """A column over the epochs, with a dozen or two of markers."""
+    every = {"markevery": math.ceil(len(rows) / 20), "markersize": 4}
+    axes.plot([row["Epoch"] for row in rows], [row[column] for row in rows], **every | style)
 
 
 def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:
@@ -151,28 +167,37 @@ def main() -> int:
         args = parser.parse_args()
         if os.path.exists(args.out) and not args.overwrite:
             raise BadInput(f"--out: {args.out} exists; replace it by --overwrite, or name another file")
-        logs = [Path(run, LOG) if os.path.isdir(run) else Path(run) for run in args.runs]
-        parent = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in args.runs])
-        names = [os.path.relpath(run, parent) for run in args.runs]
-        runs = {name: read_log(log) for name, log in zip(names, logs, strict=True)}
-        figure, kind, picture = draw_curves(runs), Path(args.out).suffix.removeprefix("."), io.BytesIO()
-        if kind not in figure.canvas.get_supported_filetypes():
-            raise BadInput(f"--out: {args.out} should end in .png, .pdf or .svg")
-        figure.savefig(picture, format=kind, dpi=120)
+        kind = Path(args.out).suffix.lower()
+        if kind not in PICTURES:
+            raise BadInput(f"--out: {args.out} should end in {', '.join(PICTURES)}")
+        runs = read_runs(args.runs)
+        picture = io.BytesIO()
+        compare_curves(runs).savefig(picture, format=kind.removeprefix("."), dpi=120)
         write_atomically(args.out, lambda file: file.write(picture.getbuffer()))
     except BadInput as error:
         print(f"utils.logger: {error}", file=sys.stderr)
         return 2
+    except ValueError as error:  # matplotlib's, of numbers beyond bounds
+        print(f"utils.logger: the curves can't be drawn: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         print(f"utils.logger: --out: can't write {args.out}: {error.strerror}", file=sys.stderr)
         return 2
-    for run, rows in runs.items():
+    for name, rows in runs.items():
         best = max(rows, key=lambda row: row["Valid Acc."])
         print(
-            f"{run}: {len(rows)} epochs, top-1 {rows[-1]['Valid Acc.']:.2f} %, "
+            f"{name}: {len(rows)} epochs, top-1 {rows[-1]['Valid Acc.']:.2f} %, "
             f"best {best['Valid Acc.']:.2f} % after epoch {best['Epoch']:.0f}"
         )
     return 0
+
+
+def read_runs(runs: list[str]) -> dict[str, list[dict[str, float]]]:
+    """The logs of runs, by their paths within the folder that all of them are in."""
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in runs])
+    names = [os.fsencode(os.path.relpath(run, parent)).decode(errors="replace") for run in runs]
+    logs = [Path(run, LOG) if os.path.isdir(run) else Path(run) for run in runs]
+    return {name: read_log(log) for name, log in zip(names, logs, strict=True)}
 
 
 if __name__ == "__main__":

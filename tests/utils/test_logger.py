@@ -1,6 +1,7 @@
 """log.txt and its curves."""
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import BadInput
-from utils.logger import COLUMNS, Logger, draw_curves, main, read_log
+from utils.logger import COLUMNS, Logger, compare_curves, draw_curves, main, read_log
 
 
 def test_rows_go_and_come_back(tmp_path):
@@ -34,7 +35,7 @@ def test_rows_go_and_come_back(tmp_path):
 
 def test_curves_mark_each_drop_of_the_rate():
     rows = [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Learning Rate": 0.1 ** (n // 3)} for n in range(1, 8)]
-    figure = draw_curves({"title": rows})
+    figure = draw_curves(rows, "title")
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == ["lr 0.1", "lr 0.01"]
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
@@ -91,7 +92,7 @@ def test_runs_are_compared(compare, tmp_path):
 
 def test_each_run_has_a_curve_and_a_name():
     rows = [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Valid Acc.": n} for n in range(1, 5)]
-    figure = draw_curves({"a": rows, "b": rows[:2], "c": rows})
+    figure = compare_curves({"a": rows, "b": rows[:2], "c": rows})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
     for axes in figure.axes:
         assert len(axes.get_lines()) == 6
@@ -99,12 +100,27 @@ def test_each_run_has_a_curve_and_a_name():
         assert lightness == sorted(lightness)  # told apart in grayscale
 
 
+def test_names_and_numbers_that_are_hard_to_draw(compare, tmp_path):
+    names = ["r$_$", "lr=$\\alpha$", os.fsdecode(b"\xff"), *(f"{'long ' * 12}{index}" for index in range(12))]
+    runs = [log(tmp_path / name, 90) for name in names]
+    assert compare(*runs, "--out", tmp_path / "a.SVG")[0] == 0
+    (log(tmp_path / "nan", 2) / "log.txt").write_text("\t".join(COLUMNS) + "\n" + "\t".join(["nan"] * len(COLUMNS)))
+    status, _, errors = compare(tmp_path / "nan", "--out", tmp_path / "b.png")
+    assert (status, errors) == (2, f"utils.logger: {tmp_path}/nan/log.txt: damaged, or no log of this trainer\n")
+    (log(tmp_path / "huge", 2) / "log.txt").write_text(
+        "\t".join(COLUMNS) + 2 * ("\n" + "\t".join(["1e308"] * len(COLUMNS)))
+    )
+    status, _, errors = compare(tmp_path / "huge", "--out", tmp_path / "b.png")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert not (tmp_path / "b.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["nowhere", "--out", "a.png"], "nowhere: can't be read: No such file or directory"),
         (["damaged", "--out", "a.png"], "damaged/log.txt: damaged, or no log of this trainer"),
-        (["run", "--out", "a.xyz"], "--out: a.xyz should end in .png, .pdf or .svg"),
+        (["run", "--out", "a.xyz"], "--out: a.xyz should end in .png, .pdf, .svg"),
         (["run", "--out", "no/folder/a.png"], "--out: can't write no/folder/a.png: No such file or directory"),
         (["run"], "the following arguments are required: --out"),
         (["--out", "a.png"], "the following arguments are required: RUN"),
