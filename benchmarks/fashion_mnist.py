@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -22,13 +23,13 @@ from utils.errors import BadInput
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist has its files
 
 
-def convert(source: Path, folder: Path, per_class: int | None) -> None:
+def convert(source: Path | None, folder: Path, per_class: int | None) -> None:
     """Write train/CLASS/*.png, the first ``per_class`` of each class (None: all), and val/CLASS/*.png, the test images.
 
     A file is named for its place in the original, and the folder is there only when it is whole.
 
     Args:
-        source: the folder of the four gzipped files; where it isn't there, torchvision downloads them.
+        source: the folder of the four gzipped files; None: torchvision downloads them.
 
     Raises:
         BadInput: the files can't be had, or the folder can't be written.
@@ -38,7 +39,7 @@ def convert(source: Path, folder: Path, per_class: int | None) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             raw = Path(temporary, "FashionMNIST", "raw")
             raw.mkdir(parents=True)
-            for file in source.glob("*-ubyte.gz"):
+            for file in source.glob("*-ubyte.gz") if source is not None else ():
                 with gzip.open(file) as packed, (raw / file.stem).open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
             for split, is_training in (("train", True), ("val", False)):
@@ -52,21 +53,30 @@ def convert(source: Path, folder: Path, per_class: int | None) -> None:
                         Image.fromarray(pixels.numpy()).save(target / f"{index:05d}.png")
                 print(f"{folder / split}: {written.total():,} images of {len(written)} classes")
             os.rename(Path(temporary, "images"), folder)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError where it can't download
-        raise BadInput(f"{folder}: can't write Fashion-MNIST there: {str(error).splitlines()[0]}") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadInput(f"--source: the files in {source} are damaged: {error}") from error
+    except RuntimeError as error:  # torchvision's
+        raise BadInput(
+            f"--source: none, and Fashion-MNIST can't be downloaded: {' '.join(str(error).split())}"
+        ) from error
+    except OSError as error:
+        raise BadInput(f"--out: can't write to {folder}: {error.strerror}") from error
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=path, default="data/fashion-mnist", metavar="DIR", help="folder to make [%(default)s]")
-    add("--source", type=path, default=DEBIAN, metavar="DIR", help="the gzipped files [%(default)s, or a download]")
+    add("--source", type=path, metavar="DIR", help=f"where the four gzipped files lie [{DEBIAN}, or a download]")
     add("--per-class", type=number(int, 1), metavar="N", help="training images of each class [all 6,000]")
     try:
         args = parser.parse_args()
         if os.path.exists(args.out):
             raise BadInput(f"--out: {args.out} exists; name another folder, or remove it")
-        convert(Path(args.source), Path(args.out), args.per_class)
+        source = Path(args.source or DEBIAN)
+        if args.source is not None and len(list(source.glob("*-ubyte.gz"))) < 4:
+            raise BadInput(f"--source: {source} doesn't hold the four files *-ubyte.gz")
+        convert(source if source.exists() else None, Path(args.out), args.per_class)
     except BadInput as error:
         print(f"benchmarks.fashion_mnist: {error}", file=sys.stderr)
         sys.exit(2)

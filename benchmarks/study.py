@@ -4,7 +4,8 @@ python -m benchmarks.study --data DIR --out DIR [--seeds N] [--jobs N] [-- OPTIO
 
 Every run is a command of imagenet.py's. The learning rate of each network is the one of --rates that is best without
 excitation, on a seed that the study doesn't use, and is kept for all. A study that was stopped goes on by the same
-command. Without --data, the tables and the figure are made again from the stored logs.
+command; of runs that are done, the logs are kept and the checkpoints are not. Without --data, the tables and the figure
+are made again from the logs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
@@ -24,23 +26,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import imagenet
 from benchmarks.measure import markdown
-from utils.arguments import Parser, number, path
-from utils.checkpoint import LAST, versions
-from utils.data import TRAIN
+from utils.arguments import Parser, flag, number, path
+from utils.checkpoint import BEST, LAST, PREVIOUS, versions
+from utils.data import TRAIN, ImageFolder
 from utils.errors import BadInput
 from utils.files import write_atomically
 from utils.logger import LOG, read_log
+from utils.meters import Output
+from utils.run_folder import LOCK, take_lock
+from utils.signals import ENDING
 
 # What a CPU can do in some hours, for Fashion-MNIST; words after -- override it.
 RECIPE = "--epochs 5 --schedule 3 --image-size 28 --train-batch 128 --test-batch 500 -j 0"
 RATES = [0.005, 0.01, 0.02, 0.04, 0.08]
 RATE_SEED = 1000  # not one of the study's
-SETTINGS = "study.json"
+SETTINGS, TABLES, VALUES, FIGURE = "study.json", "results.md", "results.tsv", "results.png"
+# What differs from run to run, or would take what the study needs of them.
+OWN = {"arch", "checkpoint", "data", "excitation", "formulation", "keep_freq", "lr", "seed", "standardize"}
 
 
 class Variant(NamedTuple):
@@ -51,11 +59,11 @@ class Variant(NamedTuple):
 
 
 # The first of a network is what its others are compared with. The map is `lwe` of the one formulation and `mwe` of the
-# other: the same network, trained once.
+# other: the same network, trained once. WS is weight standardization.
 NETWORKS = {
     "l_resnet18": {
         "none": Variant("none", "--excitation none"),
-        "none, not standardized": Variant("none", "--excitation none --no-standardize"),
+        "none, no WS": Variant("none", "--excitation none --no-standardize"),
         "map": Variant("channel lwe = paper mwe", "--excitation lwe --formulation channel"),
         "channel gate": Variant("channel mwe", "--excitation mwe --formulation channel"),
         "channel gate, map": Variant("channel we", "--excitation we --formulation channel"),
@@ -63,14 +71,10 @@ NETWORKS = {
         "location gate, map": Variant("paper we", "--excitation we --formulation paper"),
     },
     "resnet18": {
-        "none, not standardized": Variant("none", ""),
-        "map, not standardized": Variant("paper mwe", "--excitation mwe --formulation paper --no-standardize"),
-        "location gate, not standardized": Variant(
-            "paper lwe", "--excitation lwe --formulation paper --no-standardize"
-        ),
-        "location gate, map, not standardized": Variant(
-            "paper we", "--excitation we --formulation paper --no-standardize"
-        ),
+        "none, no WS": Variant("none", ""),
+        "map, no WS": Variant("paper mwe", "--excitation mwe --formulation paper --no-standardize"),
+        "location gate, no WS": Variant("paper lwe", "--excitation lwe --formulation paper --no-standardize"),
+        "location gate, map, no WS": Variant("paper we", "--excitation we --formulation paper --no-standardize"),
     },
 }
 NORMS = {"l_resnet18": "GroupNorm", "resnet18": "BatchNorm"}
@@ -86,15 +90,14 @@ class Run(NamedTuple):
 
     network: str
     variant: str
-    seed: int
     rate: float
+    seed: int
 
     @property
     def folder(self) -> Path:
-        """Within the study's."""
-        if self.seed == RATE_SEED:
-            return Path("rates", self.network, f"{self.rate:g}")
-        return Path(self.network, self.variant.replace(",", "").replace(" ", "-"), f"seed{self.seed}")
+        """Within the study's; runs of another rate would be other runs."""
+        name = self.variant.replace(",", "").replace(" ", "-")
+        return Path(self.network, name, f"lr{self.rate:g}-seed{self.seed}")
 
     def __str__(self) -> str:
         return f"{self.network}, {self.variant}, rate {self.rate:g}, seed {self.seed}"
@@ -105,7 +108,7 @@ class Study:
 
     Args:
         out: the study's folder.
-        settings: recipe, rates and seeds.
+        settings: what all runs have in common.
     """
 
     def __init__(self, out: Path, settings: dict):
@@ -120,7 +123,7 @@ class Study:
 
     def rate_runs(self, network: str) -> list[Run]:
         """Those that choose the learning rate."""
-        return [Run(network, base(network), RATE_SEED, rate) for rate in self.settings["rates"]]
+        return [Run(network, base(network), rate, RATE_SEED) for rate in self.settings["rates"]]
 
     def rate(self, network: str) -> float | None:
         """The rate that is best without excitation; None if none of them trains."""
@@ -128,158 +131,198 @@ class Study:
         tried = {rate: top1 for rate, top1 in found.items() if top1 is not None}
         return max(tried, key=tried.get) if tried else None
 
-    def seeds(self, network: str, variant: str) -> dict[int, float]:
-        """{seed: top-1} of the runs that are there."""
+    def runs(self, network: str, variant: str) -> list[Run]:
+        """One of each seed, at the chosen rate; none without it."""
         rate = self.rate(network)
-        found = {seed: self.top1(Run(network, variant, seed, rate)) for seed in range(self.settings["seeds"])}
+        return [] if rate is None else [Run(network, variant, rate, seed) for seed in range(self.settings["seeds"])]
+
+    def accuracies(self, network: str, variant: str) -> dict[int, float]:
+        """{seed: top-1} of the runs that are done."""
+        found = {run.seed: self.top1(run) for run in self.runs(network, variant)}
         return {seed: top1 for seed, top1 in found.items() if top1 is not None}
 
-    def paired(self, network: str, variant: str) -> list[float]:
-        """Differences of top-1 from the network's first variant, seed by seed."""
-        own, others = self.seeds(network, variant), self.seeds(network, base(network))
+    def differences(self, network: str, variant: str) -> list[float]:
+        """Those of top-1 from the variant that it is compared with, seed by seed."""
+        own, others = self.accuracies(network, variant), self.accuracies(network, base(network))
         return [own[seed] - others[seed] for seed in own if seed in others]
 
-    def train(self, data: str, jobs: int) -> list[str]:
-        """Make the runs that are not there, first those that choose the rates; returns the failures."""
-        rates = [run for network in NETWORKS for run in self.rate_runs(network)]
-        later = self.settings["seeds"] * sum(map(len, NETWORKS.values()))
-        failures = self._train("rate", rates, data, jobs, later)
-        chosen = {network: self.rate(network) for network in NETWORKS}
-        # Seed by seed, so that a study that is stopped has compared all variants.
-        order = itertools.product(range(self.settings["seeds"]), NETWORKS)
-        runs = [
-            Run(network, variant, seed, chosen[network])
-            for seed, network in order
-            if chosen[network] is not None
-            for variant in NETWORKS[network]
-        ]
-        return failures + self._train("run", runs, data, jobs)
 
-    def _train(self, kind: str, runs: list[Run], data: str, jobs: int, later: int = 0) -> list[str]:
-        """Make those of the runs that are not there; ``later`` are still to come after them."""
-        missing = [run for run in runs if self.top1(run) is None]
-        failures, start = [], time.monotonic()
-        pool, processes = ThreadPoolExecutor(jobs), set()
+class Trainer:
+    """Makes the runs of a study that are not done, several at once.
+
+    Args:
+        data: the folder of images.
+        jobs: how many at once; they share the cores.
+    """
+
+    def __init__(self, study: Study, data: str, jobs: int):
+        self.study, self.data, self.jobs = study, data, jobs
+        self.processes: set[subprocess.Popen] = set()
+        self.starting, self.stopping = threading.Lock(), False
+
+    def train(self) -> list[str]:
+        """Choose the rates, then make the runs, seed by seed so that a study that is stopped compares all variants.
+
+        Returns:
+            The failures, a line each.
+        """
+        failures = self._train("rate", [run for network in NETWORKS for run in self.study.rate_runs(network)])
+        groups = [self.study.runs(network, variant) for network in NETWORKS for variant in NETWORKS[network]]
+        by_seed = itertools.chain.from_iterable(itertools.zip_longest(*groups))
+        return failures + self._train("run", [run for run in by_seed if run is not None])
+
+    def _train(self, kind: str, runs: list[Run]) -> list[str]:
+        missing = [run for run in runs if self.study.top1(run) is None]
+        for run in set(runs) - set(missing):
+            self._tidy(run)  # one that ended with the study
+        failures, times = [], []
+        pool = ThreadPoolExecutor(self.jobs)
         try:
-            waiting = [pool.submit(self._one, run, data, jobs, processes) for run in missing]
-            for done, future in enumerate(as_completed(waiting), 1):
+            for future in as_completed([pool.submit(self._one, run) for run in missing]):
                 run, seconds, error = future.result()
-                result = error or f"top-1 {self.top1(run):.2f}"
                 failures += [f"{run}: {error}"] if error else []
-                left = timedelta(seconds=round((time.monotonic() - start) / done * (len(missing) - done + later)))
-                place = f"{kind} {len(runs) - len(missing) + done}/{len(runs)}"
+                times.append(seconds)
+                left = timedelta(seconds=round(statistics.mean(times) * (len(missing) - len(times)) / self.jobs))
+                place = f"{kind} {len(runs) - len(missing) + len(times)}/{len(runs)}"
+                result = error or f"top-1 {self.study.top1(run):.2f}"
                 print(f"{place}  {run}: {result}  {timedelta(seconds=round(seconds))}  ETA {left}", flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(processes):
-                process.terminate()  # once: then it saves
+            with self.starting:
+                self.stopping = len(times) < len(missing)
+                for process in self.processes:
+                    process.terminate()  # once: then it saves
             pool.shutdown()
         return failures
 
-    def _one(self, run: Run, data: str, jobs: int, processes: set) -> tuple[Run, float, str]:
+    def _one(self, run: Run) -> tuple[Run, float, str]:
         """Run the command; gives the seconds that it took and, where it failed, its last line."""
-        folder = self.out / run.folder
-        words = ["--seed", str(run.seed), "--lr", str(run.rate), "-a", run.network, "-c", str(folder), "--overwrite"]
-        words += [*self.settings["recipe"], *NETWORKS[run.network][run.variant].options.split()]
+        folder = self.study.out / run.folder
         if (folder / LAST).exists():
             words = ["--resume", str(folder)]
-        command = [sys.executable, "-W", "ignore", imagenet.__file__, *words, "--data", data]
-        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))}
-        start = time.monotonic()
+        else:
+            words = ["-a", run.network, "-c", str(folder), "--overwrite", *self.study.settings["recipe"]]
+            words += [
+                "--lr",
+                str(run.rate),
+                "--seed",
+                str(run.seed),
+                *NETWORKS[run.network][run.variant].options.split(),
+            ]
+        command = [sys.executable, "-W", "ignore", imagenet.__file__, *words, "--data", self.data]
+        threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
         # In a session of its own, so that Ctrl-C reaches it once, from here.
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        with subprocess.Popen(command, env=threads | os.environ, **options) as process:
-            processes.add(process)
-            errors = process.communicate()[1]
-            processes.discard(process)
-        if process.returncode != 0:
-            return run, time.monotonic() - start, (errors.splitlines() or [f"status {process.returncode}"])[-1]
-        for checkpoint in folder.glob("*.pth.tar"):  # half a gigabyte a run
-            checkpoint.unlink()
-        return run, time.monotonic() - start, ""
+        start = time.monotonic()
+        with self.starting:
+            if self.stopping:
+                return run, 0.0, "stopped"
+            process = subprocess.Popen(command, env=threads | os.environ, **options)
+            self.processes.add(process)
+        with process:
+            errors = process.communicate()[1].splitlines()
+        self.processes.discard(process)
+        if process.returncode == 0 and self.study.top1(run) is not None:
+            self._tidy(run)
+            return run, time.monotonic() - start, ""
+        return run, time.monotonic() - start, errors[-1] if errors else f"exit status {process.returncode}"
 
-    def results(self) -> list[list[str]]:
-        """The table of accuracies; the first row is the header."""
-        rows = [["network", "excitation", "options", "mean", "std", "seeds", "difference", "95 % interval"]]
-        for network, variants in NETWORKS.items():
-            for name, variant in variants.items():
-                values, differences = list(self.seeds(network, name).values()), self.paired(network, name)
-                row = [f"{network}, {NORMS[network]}", name, variant.letters]
-                row += [f"{statistics.mean(values):.2f}" if values else "no run"]
-                row += [f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
-                row += [f"{len(values)} of {self.settings['seeds']}"]
-                if name != base(network) and len(differences) > 1:
-                    mean, half = interval(differences)
-                    row += [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
-                else:
-                    row += ["", ""]
-                rows.append(row)
-        return rows
+    def _tidy(self, run: Run) -> None:
+        """Delete the checkpoints of a run that is done: a quarter of a gigabyte."""
+        for name in (BEST, LAST, PREVIOUS):
+            (self.study.out / run.folder / name).unlink(missing_ok=True)
 
-    def rates(self) -> list[list[str]]:
-        """The table of learning rates that were tried."""
-        rows = [["top-1 at the learning rate", *(f"{rate:g}" for rate in self.settings["rates"]), "chosen"]]
-        for network in NETWORKS:
-            found, chosen = [self.top1(run) for run in self.rate_runs(network)], self.rate(network)
-            values = ["no result" if top1 is None else f"{top1:.2f}" for top1 in found]
-            rows.append([f"{network}, {base(network)}", *values, f"{chosen:g}" if chosen else "none"])
-        return rows
 
-    def draw(self) -> Figure:
-        """Each seed's top-1 and their mean, and beside it the paired difference with its interval."""
-        figure = Figure(figsize=(11, 5.4), layout="constrained")
-        figure.suptitle(f"Weight excitation on {self.settings['data']}: top-1 after {self.epochs} epochs")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.2, 1))
-        rows = [(network, name) for network in NETWORKS for name in NETWORKS[network]]
-        for place, (network, name) in enumerate(rows):
-            values, differences = list(self.seeds(network, name).values()), self.paired(network, name)
-            left.plot(values, [place] * len(values), "o", color="0.65", markersize=5)
-            if values:
-                left.plot(statistics.mean(values), place, "|", color="black", markersize=16, markeredgewidth=2)
-            if name == base(network):
-                right.plot(0, place, "D", color="white", markeredgecolor="black")
-            elif len(differences) > 1:
+def results(study: Study) -> list[list[str]]:
+    """The table of accuracies; the first row is the header."""
+    rows = [["network", "excitation", "options", "mean", "std", "seeds", "difference", "95 % interval"]]
+    for network, variants in NETWORKS.items():
+        for name, variant in variants.items():
+            values, differences = list(study.accuracies(network, name).values()), study.differences(network, name)
+            row = [f"{network}, {NORMS[network]}", name, variant.letters]
+            row += [f"{statistics.mean(values):.2f}" if values else "no run"]
+            row += [f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
+            row += [f"{len(values)} of {study.settings['seeds']}"]
+            if name != base(network) and len(differences) > 1:
                 mean, half = interval(differences)
-                right.errorbar(mean, place, xerr=half, fmt="o", color="black", capsize=4)
-        handles = [
-            Line2D([], [], linestyle="", marker="o", color="0.65", label="one seed"),
-            Line2D([], [], linestyle="", marker="|", color="black", markersize=12, markeredgewidth=2, label="mean"),
-        ]
-        left.legend(handles=handles)
-        handles = [
-            Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black", label="compared with"),
-            Line2D([], [], marker="o", color="black", label="mean and 95 % interval"),
-        ]
-        right.legend(handles=handles)
-        left.set(
-            xlabel="validation top-1 (%)",
-            yticks=range(len(rows)),
-            yticklabels=[
-                f"{NORMS[network]}: {name.replace(', not standardized', ', no WS')}" for network, name in rows
-            ],
-        )
-        left.invert_yaxis()
-        right.axvline(0, color="0.6", zorder=0)
-        right.set_xlabel("difference, seed by seed (points of %)")
-        for axes in (left, right):
-            axes.axhline(len(NETWORKS["l_resnet18"]) - 0.5, color="0.8")
-            axes.grid(axis="x", alpha=0.25)
-        return figure
+                row += [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
+            else:
+                row += ["", ""]
+            rows.append(row)
+    return rows
 
-    def write(self) -> str:
-        """Write the tables as Markdown and TSV and the figure; returns the Markdown."""
-        about = (
-            f"Validation top-1 (%) on {self.settings['data']} after {self.epochs} epochs. Differences are from the "
-            f"network's first line, seed by seed, with Student's t. Options: `{' '.join(self.settings['recipe'])}`"
-        )
-        text = "\n\n".join([about, markdown(self.results()), markdown(self.rates())])
-        tsv = "".join("\t".join(row) + "\n" for row in self.results())
-        picture = io.BytesIO()
-        self.draw().savefig(picture, format="png", dpi=150)
-        contents = {"results.md": f"{text}\n".encode(), "results.tsv": tsv.encode(), "results.png": picture.getvalue()}
-        for file, data in contents.items():
-            write_atomically(self.out / file, lambda stream, data=data: stream.write(data))
-        return text
+
+def rates(study: Study) -> list[list[str]]:
+    """The table of learning rates that were tried; the first row is the header."""
+    rows = [["top-1 at the learning rate", *(f"{rate:g}" for rate in study.settings["rates"]), "chosen"]]
+    for network in NETWORKS:
+        found, chosen = [study.top1(run) for run in study.rate_runs(network)], study.rate(network)
+        values = ["no result" if top1 is None else f"{top1:.2f}" for top1 in found]
+        rows.append([f"{network}, {base(network)}", *values, "none" if chosen is None else f"{chosen:g}"])
+    return rows
+
+
+def values(study: Study) -> list[list[str]]:
+    """The table of accuracies with a column for each seed, for other programs; the first row is the header."""
+    header, *rows = results(study)
+    seeds = range(study.settings["seeds"])
+    table = [[*header, *(f"seed {seed}" for seed in seeds)]]
+    names = [(network, name) for network in NETWORKS for name in NETWORKS[network]]
+    for row, (network, name) in zip(rows, names, strict=True):
+        found = study.accuracies(network, name)
+        table.append([*row, *(f"{found[seed]:.6g}" if seed in found else "" for seed in seeds)])
+    return table
+
+
+def draw(study: Study) -> Figure:
+    """Each seed's top-1 and their mean, and beside it the paired difference with its interval."""
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    title = f"Weight excitation on {study.settings['data']}: top-1 after {study.epochs} epochs"
+    figure.suptitle(title, parse_math=False)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [(network, name) for network in NETWORKS for name in NETWORKS[network]]
+    for place, (network, name) in enumerate(names):
+        values, differences = list(study.accuracies(network, name).values()), study.differences(network, name)
+        left.plot(values, [place] * len(values), "o", color="0.65", markersize=5)
+        if values:
+            left.plot(statistics.mean(values), place, "|", color="black", markersize=16, markeredgewidth=2)
+        if name == base(network):
+            right.plot(0, place, "D", color="white", markeredgecolor="black")
+        elif len(differences) > 1:
+            mean, half = interval(differences)
+            right.errorbar(mean, place, xerr=half, fmt="o", color="black", capsize=4)
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color="0.65", label="one seed"),
+        Line2D([], [], linestyle="", marker="|", color="black", markersize=12, markeredgewidth=2, label="mean"),
+        Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black", label="compared with"),
+        Line2D([], [], marker="o", color="black", label="mean difference and its 95 % interval"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    labels = [f"{NORMS[network]}: {name}" for network, name in names]
+    left.set(xlabel="validation top-1 (%)", yticks=range(len(names)), yticklabels=labels)
+    left.invert_yaxis()
+    right.axvline(0, color="0.6", zorder=0)
+    right.set_xlabel("difference, seed by seed (points of %)")
+    for axes in (left, right):
+        axes.axhline(len(NETWORKS[names[0][0]]) - 0.5, color="0.8")
+        axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def write(study: Study) -> str:
+    """Write the tables as Markdown and TSV and the figure; returns the Markdown."""
+    text = (
+        f"Validation top-1 (%) on {study.settings['data']} after {study.epochs} epochs, by "
+        f"`{' '.join(study.settings['recipe'])}`.\nA difference is that from the network's first line, seed by seed; "
+        f"intervals by Student's t.\n\n{markdown(results(study))}\n\n{markdown(rates(study))}\n"
+    )
+    tsv = "".join("\t".join(row) + "\n" for row in values(study))
+    picture = io.BytesIO()
+    draw(study).savefig(picture, format="png", dpi=150)
+    contents = {TABLES: text.encode(), VALUES: tsv.encode(), FIGURE: picture.getvalue()}
+    for name, data in contents.items():
+        write_atomically(study.out / name, lambda stream, data=data: stream.write(data))
+    return text
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -295,32 +338,55 @@ def student_t(freedom: int, probability: float = 0.975) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(probability, mass / mass[-1], angle))
 
 
+def stored_settings(out: str) -> dict | None:
+    """Those of the study that the folder holds, if it does.
+
+    Raises:
+        BadInput: they are damaged, or the folder holds something else.
+    """
+    file = Path(out, SETTINGS)
+    if not file.exists():
+        if os.path.isdir(out) and set(os.listdir(out)) - {LOCK}:
+            raise BadInput(f"--out: {out} holds something else than a study: name another folder")
+        return None
+    try:
+        settings = json.loads(file.read_text())
+        kinds = {"data": str, "images": str, "recipe": list, "rates": list, "seeds": int, "versions": dict}
+        if not all(isinstance(settings[name], kind) for name, kind in kinds.items()):
+            raise ValueError("other types")
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"--out: {file} is damaged: name another folder") from error
+    return settings
+
+
 def settings_of(args: argparse.Namespace) -> dict:
     """What all runs of the study have in common.
 
     Raises:
-        BadInput: the folder holds none, or one of other settings.
+        BadInput: the folder holds no study, or one of other settings; or the options can't be the study's.
     """
-    file = Path(args.out, SETTINGS)
-    try:
-        stored = json.loads(file.read_text()) if file.exists() else None
-    except ValueError as error:
-        raise BadInput(f"--out: {file} is damaged: name another folder") from error
+    stored = stored_settings(args.out)
     if args.data is None:
         if stored is None:
             raise BadInput(f"--out: {args.out} holds no study; give --data to make one")
         return stored
-    if not Path(args.data, TRAIN).is_dir():
-        raise BadInput(f"--data: there is no folder {Path(args.data, TRAIN)}")
+    parser = imagenet.build_parser()
+    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
+    given = {name for name, value in vars(parser.parse_args(args.options)).items() if value is not None}
+    for name in sorted(given & {*OWN, *imagenet.ONCE}):
+        raise BadInput(f"{flag(name)}: it is the study's to set; leave it out")
+    if len({f"{rate:g}" for rate in args.rates}) < len(args.rates) or min(args.rates) == 0:
+        raise BadInput("--rates: give different rates above 0")
     settings = {
         "data": Path(args.data).absolute().name,
+        "images": ImageFolder(Path(args.data, TRAIN), 1).digest(),
         "recipe": [*RECIPE.split(), *args.options],
         "rates": args.rates,
         "versions": versions(),
     }
     for name, value in settings.items():
-        if stored is not None and stored.get(name) != value:
-            raise BadInput(f"--out: {args.out} holds a study with {name} {stored.get(name)}, not {value}: name another")
+        if stored is not None and stored[name] != value:
+            raise BadInput(f"--out: {args.out} holds a study with {name} {stored[name]}, not {value}: name another")
     return settings | {"seeds": args.seeds}
 
 
@@ -330,29 +396,30 @@ def interrupt(number: int, frame: object) -> None:
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line and return the exit status."""
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=path, metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; without it, only the tables")
     add("--out", type=path, required=True, metavar="DIR", help="the study's folder")
-    add("--seeds", type=number(int, 2), default=5, metavar="N", help="of each variant [%(default)s]")
+    add("--seeds", type=number(int, 2, RATE_SEED), default=5, metavar="N", help="of each variant [%(default)s]")
     add("--rates", type=number(float, 0), nargs="+", default=RATES, metavar="X", help=f"to choose from [{RATES}]")
     add("--jobs", type=number(int, 1), default=1, metavar="N", help="runs at once; they share the cores [%(default)s]")
     add("options", nargs="*", metavar="OPTION", help=f"of imagenet.py, for every run, after -- [{RECIPE}]")
-    failures = []
     try:
         args = parser.parse_args()
-        study = Study(Path(args.out), settings_of(args))
+        study, failures = Study(Path(args.out), settings_of(args)), []
         if args.data is not None:
             study.out.mkdir(parents=True, exist_ok=True)
-            contents = json.dumps(study.settings, indent=1).encode()
-            write_atomically(study.out / SETTINGS, lambda file: file.write(contents))
-            failures = study.train(args.data, args.jobs)
-        print(study.write())
+            with os.fdopen(take_lock(study.out, "--out")):
+                contents = json.dumps(study.settings, indent=1).encode()
+                write_atomically(study.out / SETTINGS, lambda file: file.write(contents))
+                failures = Trainer(study, args.data, args.jobs).train()
+        print(write(study), end="")
     except BadInput as error:
         print(f"benchmarks.study: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"benchmarks.study: --out: can't write into {args.out}: {error.strerror}", file=sys.stderr)
+        print(f"benchmarks.study: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("\nbenchmarks.study: stopped; the same command goes on", file=sys.stderr)
@@ -363,6 +430,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, interrupt)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    for ending in ENDING:
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, interrupt)
     sys.exit(main())

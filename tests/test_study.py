@@ -17,12 +17,12 @@ from PIL import Image
 
 import models
 from benchmarks import fashion_mnist, study
-from tests.helpers import ROOT
+from tests.helpers import ROOT, draw_folder
 from utils.logger import read_log
 
 FEW = {
     "l_resnet18": {name: study.NETWORKS["l_resnet18"][name] for name in ("none", "map")},
-    "resnet18": {"none, not standardized": study.NETWORKS["resnet18"]["none, not standardized"]},
+    "resnet18": {"none, no WS": study.NETWORKS["resnet18"]["none, no WS"]},
 }
 OPTIONS = ["--", "--epochs", "2", "--image-size", "32", "--train-batch", "4", "--test-batch", "4"]
 
@@ -84,10 +84,10 @@ def test_a_study(run, images, tmp_path):
     assert [row[:2] for row in table[2:5]] == [
         ["l_resnet18, GroupNorm", "none"],
         ["l_resnet18, GroupNorm", "map"],
-        ["resnet18, BatchNorm", "none, not standardized"],
+        ["resnet18, BatchNorm", "none, no WS"],
     ]
     none, mapped = (
-        [logs[f"l_resnet18/{name}/seed{seed}"][-1]["Valid Acc."] for seed in (0, 1)] for name in ("none", "map")
+        [logs[f"l_resnet18/{name}/lr0.001-seed{seed}"][-1]["Valid Acc."] for seed in (0, 1)] for name in ("none", "map")
     )
     differences = [a - b for a, b in zip(mapped, none, strict=True)]
     half = 12.706 * statistics.stdev(differences) / 2**0.5
@@ -101,41 +101,70 @@ def test_a_study(run, images, tmp_path):
 
     # Again from the logs alone: the same; and a run that is missing is made, and nothing else.
     first = (out / "results.md").read_text()
-    shutil.rmtree(out / "l_resnet18" / "map" / "seed1")
+    shutil.rmtree(out / "l_resnet18" / "map" / "lr0.001-seed1")
+    # One that ended with the study, before its checkpoints were deleted.
+    leftover = out / "l_resnet18" / "map" / "lr0.001-seed0" / "model_best.pth.tar"
+    leftover.write_text("")
     assert run("--out", out)[1].count("| 1 of 2 |") == 1
     status, text, errors = run(*words)
     assert "run 6/6  l_resnet18, map, rate 0.001, seed 1: top-1" in text
     assert "run 5/6" not in text
+    assert not leftover.exists()
     assert (out / "results.md").read_text() == first
     assert run("--out", out) == (0, first, "")
     with Image.open(out / "results.png") as picture:
         assert picture.size[0] > 1000
     header, *rows = [line.split("\t") for line in (out / "results.tsv").read_text().splitlines()]
     assert header[3:6] == ["mean", "std", "seeds"]
-    assert [row[1] for row in rows] == ["none", "map", "none, not standardized"]
+    assert header[8:] == ["seed 0", "seed 1"]
+    assert [float(value) for value in rows[1][8:]] == pytest.approx(mapped, abs=1e-3)
+    assert [row[1] for row in rows] == ["none", "map", "none, no WS"]
 
     status, _, errors = run(*words, "--epochs", 3)
     assert (status, errors.count("\n")) == (2, 1)
     assert "holds a study with recipe" in errors
+    other = tmp_path / "other" / images.name
+    shutil.copytree(images, other)
+    (other / "train" / "star" / "0.jpg").rename(other / "train" / "star" / "new.jpg")
+    status, _, errors = run("--data", other, *words[2:])
+    assert status == 2
+    assert "holds a study with images" in errors
+    # Another study is at work in the folder.
+    code = "import pathlib, sys, time, utils.run_folder as r; r.take_lock(pathlib.Path(sys.argv[1]), '')"
+    code += "; print(flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code, out], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        status, _, errors = run(*words)
+        process.kill()
+    assert status == 2
+    assert f"--out: process {process.pid}" in errors
     assert (out / "results.md").read_text() == first
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
+        (["--out", "mine", "--data", "images"], "--out: mine holds something else than a study"),
+        (["--out", "new", "--data", "images", "--", "--seed", "3"], "--seed: it is the study's to set"),
+        (["--out", "new", "--data", "images", "--", "--no-standardize"], "--standardize: it is the study's to set"),
+        (["--out", "new", "--data", "images", "--", "-c", "mine"], "--checkpoint: it is the study's to set"),
+        (["--out", "new", "--data", "images", "--", "--overwrite"], "--overwrite: it is the study's to set"),
+        (["--out", "new", "--data", "images", "--rates", "0.1", "0.10"], "--rates: give different rates"),
+        (["--out", "listed"], "--out: listed/study.json is damaged"),
         (["--out", "new"], "--out: new holds no study; give --data to make one"),
-        (["--out", "new", "--data", "nowhere"], "--data: there is no folder nowhere/train"),
+        (["--out", "new", "--data", "nowhere"], "nowhere/train"),
         (["--out", "damaged"], "--out: damaged/study.json is damaged"),
         (["--out", "damaged", "--seeds", "1"], "--seeds: 1 is out of bounds"),
-        (["--out", "file", "--data", "images"], "--out: can't write into file"),
+        (["--out", "file", "--data", "images"], "file"),
         (["--out", "new", "--data", "images", "--", "--no-such"], "unrecognized arguments: --no-such"),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
-    Path("images", "train").mkdir(parents=True)
-    Path("damaged").mkdir()
-    Path("damaged", "study.json").write_text("{")
+    draw_folder(Path("images"), {"train": 1, "val": 1})
+    for folder, contents in (("damaged", "{"), ("listed", "[]"), ("mine", "")):
+        Path(folder).mkdir()
+        Path(folder, "study.json" if contents else "results.md").write_text(contents)
     Path("file").write_text("")
     status, out, errors = run(*words)
     assert (status, out, errors.count("\n")) == (2, "", 1)
@@ -143,18 +172,19 @@ def test_refusals(run, tmp_path, monkeypatch, words, reason):
     assert not Path("new").exists()
 
 
-def test_a_stopped_study_goes_on(images, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_study_has_saved(images, tmp_path, number):
     words = ["-m", "benchmarks.study", "--data", str(images), "--out", str(tmp_path / "study"), "--rates", "0.001"]
     process = subprocess.Popen(
         [sys.executable, *words, *OPTIONS, "--epochs", "10000"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    log = tmp_path / "study" / "rates" / "l_resnet18" / "0.001" / "log.txt"
+    log = tmp_path / "study" / "l_resnet18" / "none" / "lr0.001-seed1000" / "log.txt"
     while not log.exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + number
     assert errors.strip() == "benchmarks.study: stopped; the same command goes on"
     checkpoint = torch.load(log.with_name("checkpoint.pth.tar"), weights_only=True)
     # It ended with the step and saved; it was not killed.
@@ -185,9 +215,19 @@ def test_fashion_mnist(tmp_path, monkeypatch, capsys):
         with Image.open(out / file) as image:
             assert np.array_equal(np.asarray(image), pixels["train"][index])
     assert [path.name for path in out.parent.iterdir()] == ["folder"]
-    with pytest.raises(SystemExit) as stop:
-        fashion_mnist.main()
-    assert stop.value.code == 2
-    assert (
-        capsys.readouterr().err == f"benchmarks.fashion_mnist: --out: {out} exists; name another folder, or remove it\n"
-    )
+    for words, reason in (
+        (["--out", out], f"--out: {out} exists; name another folder, or remove it"),
+        (["--out", tmp_path / "new", "--source", tmp_path], f"--source: {tmp_path} doesn't hold the four files"),
+        (["--out", tmp_path / "new", "--source", source], f"--source: the files in {source} are damaged"),
+    ):
+        if "damaged" in reason:
+            for file in source.iterdir():
+                file.write_bytes(file.read_bytes()[:-9])
+        monkeypatch.setattr(sys, "argv", ["fashion_mnist", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            fashion_mnist.main()
+        assert stop.value.code == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith(f"benchmarks.fashion_mnist: {reason}")
+        assert errors.count("\n") == 1
+    assert not (tmp_path / "new").exists()
