@@ -235,7 +235,7 @@ class Trainer:
 
 def results(study: Study) -> list[list[str]]:
     """The table of accuracies; the first row is the header."""
-    rows = [["network", "excitation", "options", "mean", "std", "seeds", "difference", "95 % interval"]]
+    rows = [["network", "excitation", "formulation and letters", "mean", "std", "seeds", "difference", "95 % interval"]]
     for network, variants in NETWORKS.items():
         for name, variant in variants.items():
             values, differences = list(study.accuracies(network, name).values()), study.differences(network, name)

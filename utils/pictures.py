@@ -77,11 +77,11 @@ def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
     above.set(ylabel="gate", title="gates: median, quartiles, 5th and 95th percentile")
     spreads = {
         "gates": ([layer.gates.std() for layer in layers], {"color": "black", "marker": "o"}),
-        "difference: what the weights say": (
+        "gate minus constant: from the weights": (
             [(layer.gates - layer.constants).std() for layer in layers],
             {"color": "tab:orange", "marker": "^", "linestyle": "--"},
         ),
-        "constants: the gates if weights told nothing": (
+        "constant: if the weights told nothing": (
             [layer.constants.std() for layer in layers],
             {"color": "tab:blue", "marker": "s", "linestyle": ":"},
         ),
@@ -89,7 +89,7 @@ def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
     for label, (values, style) in spreads.items():
         below.plot(places, values, label=label, **style | marks(len(layers)))
     below.set(
-        ylabel="standard deviation", title="spread of a layer's gates, of the constants in them, and of the difference"
+        ylabel="standard deviation", title="spread of a layer's gates, and of the two parts that they are the sum of"
     )
     below.set_ylim(0, 1.4 * below.get_ylim()[1])  # room for the legend
     below.legend()

@@ -41,9 +41,9 @@ def test_gates():
     assert [label.get_text() for label in below.get_xticklabels()] == ["a", "b"]
     curves = {line.get_label(): line.get_ydata() for line in below.get_lines()}
     spread = np.arange(8).std() / 100
-    assert curves["constants: the gates if weights told nothing"] == pytest.approx([spread, spread])
+    assert curves["constant: if the weights told nothing"] == pytest.approx([spread, spread])
     expected = (layers[0].gates - layers[0].constants).std()
-    assert curves["difference: what the weights say"][0] == pytest.approx(expected)
+    assert curves["gate minus constant: from the weights"][0] == pytest.approx(expected)
     many = draw_gates([layer(str(index)) for index in range(60)], "title")
     assert [label.get_text() for label in many.axes[1].get_xticklabels()] == ["10", "20", "30", "40", "50", "60"]
 
