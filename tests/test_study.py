@@ -1,6 +1,8 @@
 """The study: its statistics against textbooks, its runs through the command, and what is stored in the repository."""
 
 import gzip
+import json
+import os
 import shutil
 import signal
 import statistics
@@ -20,6 +22,7 @@ from benchmarks import fashion_mnist, study
 from tests.helpers import ROOT, draw_folder
 from utils.logger import read_log
 
+STORED = ROOT / "benchmarks" / "fashion-mnist-10k"
 FEW = {
     "l_resnet18": {name: study.NETWORKS["l_resnet18"][name] for name in ("none", "map")},
     "resnet18": {"none, no WS": study.NETWORKS["resnet18"]["none, no WS"]},
@@ -189,6 +192,31 @@ def test_a_stopped_study_has_saved(images, tmp_path, number):
     checkpoint = torch.load(log.with_name("checkpoint.pth.tar"), weights_only=True)
     # It ended with the step and saved; it was not killed.
     assert 0 < checkpoint["epoch"] < 10000
+
+
+def test_the_stored_study_gives_the_stored_tables(tmp_path, monkeypatch, capsys):
+    shutil.copytree(STORED, tmp_path / "study")
+    for name in ("results.md", "results.tsv", "results.png"):
+        os.unlink(tmp_path / "study" / name)
+    monkeypatch.setattr(sys, "argv", ["study", "--out", str(tmp_path / "study")])
+    assert study.main() == 0
+    assert capsys.readouterr().out == (STORED / "results.md").read_text()
+    for name in ("results.md", "results.tsv"):
+        assert (tmp_path / "study" / name).read_text() == (STORED / name).read_text()
+    settings = json.loads((STORED / "study.json").read_text())
+    runs = settings["seeds"] * sum(map(len, study.NETWORKS.values())) + 2 * len(settings["rates"])
+    assert len(list(STORED.rglob("log.txt"))) == runs
+    rows = [line for line in (STORED / "results.md").read_text().splitlines() if " of 5 | " in line]
+    assert len(rows) == sum(map(len, study.NETWORKS.values()))
+    assert all(row in (ROOT / "README.md").read_text() for row in rows)
+
+
+@pytest.mark.parametrize("formulation", ["channel", "paper"])
+def test_excited_networks_learned_the_stored_data(formulation):
+    place = {"channel": "channel-gate-map", "paper": "location-gate-map"}[formulation]
+    logs = list((STORED / "l_resnet18" / place).glob("*/log.txt"))
+    assert len(logs) == 5
+    assert min(read_log(log)[-1]["Valid Acc."] for log in logs) >= 75
 
 
 def test_fashion_mnist(tmp_path, monkeypatch, capsys):
