@@ -109,7 +109,9 @@ class RunFolder:
 
     def _kept(self) -> Iterator[str]:
         """The names of the checkpoints of past epochs."""
-        return (file.name for file in self.folder.glob(KEPT.format("*")))
+        # glob() raises an error for a name that no folder can have.
+        files = self.folder.glob(KEPT.format("*")) if os.path.isdir(self.folder) else ()
+        return (file.name for file in files)
 
     def _unwritable(self, error: OSError) -> BadInput:
         return BadInput(f"--checkpoint: can't write to {self.folder}: {error.strerror}")
