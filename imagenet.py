@@ -9,7 +9,6 @@ import io
 import math
 import os
 import pickle
-import shlex
 import signal
 import sys
 import time
@@ -33,14 +32,15 @@ from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excite
 from utils import checkpoint as checkpoints
 from utils import distributed, pictures
 from utils.accuracy import Scores, batch_sums
-from utils.arguments import Parser, as_words, flag, number, path
-from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize
+from utils.arguments import Parser, as_words, command, flag, number, path
+from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize, whole
 from utils.demo import draw_demo
-from utils.errors import BadInput, RunFailed
-from utils.files import write_atomically
+from utils.endings import explain
+from utils.errors import LOWER_RATE, BadInput, RunFailed
+from utils.files import refuse_existing, write_output
 from utils.logger import CURVES, Logger
 from utils.meters import Output, Progress
-from utils.run_folder import NOT_FINITE, RunFolder
+from utils.run_folder import RunFolder
 from utils.signals import REQUESTS, Stop, ignore
 
 # What --demo sets in place of the defaults: small images of ten drawn classes, minutes on two cores.
@@ -92,24 +92,6 @@ def main() -> int:
         end_workers()
 
 
-def explain(error: Exception) -> tuple[int, str]:
-    """The exit status of a failure, and its one line; what is no one's to expect is raised again."""
-    if isinstance(error, BadInput):
-        return 2, str(error)
-    if isinstance(error, RunFailed | OSError | distributed.ToldByAnother):
-        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
-        return 1, (str(error).splitlines() or [type(error).__name__])[-1]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        text = f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {error}"
-        return 1, text.splitlines()[0]
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        # Raised wherever the main process is when one of the loader's dies.
-        return 1, "a process that loads images died; out of memory? Lower --workers"
-    if isinstance(error, RuntimeError) and distributed.is_lost(error):
-        return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
-    raise error
-
-
 def run(argv: list[str]) -> int:
     """One command, from its arguments to its last line; returns the exit status."""
     args, saved, file = parse(argv)
@@ -117,40 +99,25 @@ def run(argv: list[str]) -> int:
         return export(args, saved, file) if distributed.RANK == 0 else 0
     if args.visualize is not None:
         return visualize(args, saved, file) if distributed.RANK == 0 else 0
-    if not args.evaluate:
-        if saved and saved.get("epoch", 0) >= args.epochs:
-            print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
-            return 0
-        resumed = {}
-        if saved and "options" in saved:  # another trainer's folder isn't ours to go on in
-            best = checkpoints.best_of(saved, file)
-            resumed = {"resumed": file, "best": best, "chosen": os.path.isfile(args.resume)}
-        run_folder = RunFolder(Path(args.checkpoint), **resumed, overwrite=args.overwrite)
-    devices = distributed.choose_devices(args.gpu_id)
-    check_processes(args, devices[0])
-    if args.compile and len(devices) > 1:
-        raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
+    if saved and not args.evaluate and saved.get("epoch", 0) >= args.epochs:
+        print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
+        return 0
+    run_folder = None if args.evaluate else choose_run_folder(args, saved, file)
+    devices = choose_devices(args)
     torch.backends.cudnn.benchmark = True
     distributed.join(devices[0])
     folders = open_data(args, saved, file)
     if not distributed.agree(common_start(args, folders, saved)):
         raise BadInput("torchrun: the processes have different options, images in --data or checkpoints in --resume")
-    train = len(folders[TRAIN]) if TRAIN in folders else 0
-    order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
-    if not args.evaluate and order.steps == 0:
-        raise BadInput(
-            f"--train-batch {args.train_batch} x --iter-size {args.iter_size}: more than the {train} training images; "
-            "lower one"
-        )
+    order = choose_order(args, folders)
     model = build_model(args, len(folders[VAL].classes), devices, saved, file)
     if args.evaluate:
         batches = load(folders, map(distributed.share, order.validation()), *loading(args, devices))
         progress = Progress("Validate", order.val_batches, args.test_batch)
         scores = evaluate(model, devices, batches, mixed_precision(args.amp, devices), args.compile, progress)
-        print(f"{file or args.arch}: {scores} over {scores.images} images{left_out(scores)}")
+        print(f"{file or args.arch}: {scores} over {scores.images} images{scores.left_out()}")
         distributed.leave()
         return 0
-    describe_steps(args, order)
     training = Training(args, model, devices, folders, order, run_folder)
     if saved:
         training.restore(saved, file)
@@ -160,6 +127,28 @@ def run(argv: list[str]) -> int:
         resolved = as_words(training.options | {"checkpoint": args.checkpoint, "resume": args.resume})
         run_folder.note(f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n")
         return training.run()
+
+
+def choose_run_folder(args: argparse.Namespace, saved: dict | None, file: Path | None) -> RunFolder:
+    """The folder that the run is written to, in which nothing would be lost."""
+    resumed = {}
+    if saved and "options" in saved:  # another trainer's folder isn't ours to go on in
+        best = checkpoints.best_of(saved, file)
+        resumed = {"resumed": file, "best": best, "chosen": os.path.isfile(args.resume)}
+    return RunFolder(Path(args.checkpoint), **resumed, overwrite=args.overwrite)
+
+
+def choose_devices(args: argparse.Namespace) -> list[torch.device]:
+    """This process's devices, if the run can be divided among them."""
+    devices, processes = distributed.choose_devices(args.gpu_id), distributed.PROCESSES
+    if args.sync_bn and processes > 1 and devices[0].type == "cpu":
+        raise BadInput("--sync-bn: PyTorch has it on GPUs only; leave it out here")
+    if not args.evaluate and args.train_batch % processes:
+        fits = math.ceil(args.train_batch / processes) * processes
+        raise BadInput(f"--train-batch {args.train_batch}: {processes} processes can't share it evenly; {fits} fits")
+    if args.compile and len(devices) > 1:
+        raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
+    return devices
 
 
 def open_data(args: argparse.Namespace, saved: dict | None, file: Path | None) -> dict[str, ImageFolder]:
@@ -182,6 +171,23 @@ def open_data(args: argparse.Namespace, saved: dict | None, file: Path | None) -
     counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in folders.items())
     print(f"Images: {counts}, {len(classes)} classes; listed in {time.monotonic() - start:.1f} s")
     return folders
+
+
+def choose_order(args: argparse.Namespace, folders: dict[str, ImageFolder]) -> Order:
+    """The batches of the command; says what an optimizer step is, and whether the learning rate suits it."""
+    train = len(folders[TRAIN]) if TRAIN in folders else 0
+    order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
+    if args.evaluate:
+        return order
+    if order.steps == 0:
+        group = f"--train-batch {args.train_batch} x --iter-size {args.iter_size}"
+        raise BadInput(f"{group}: more than the {train} training images; lower one")
+    print(order)
+    suggested = 0.1 * order.group / 256
+    if args.lr > 2 * suggested:
+        step = f"steps of {order.group} images; suggested: 0.1 x {order.group} / 256 = {suggested:.2g}"
+        print(f"--lr {args.lr:g} is high for {step}")
+    return order
 
 
 def build_model(
@@ -245,9 +251,9 @@ class Training:
             self.step, self.acc, self.best_acc = (saved[key] for key in ("step", "acc", "best_acc"))
             self.scores, self.logger.rows = Scores(saved["sums"]), saved["log"]
             if self.step > 0:
-                check_same_order(self.args, saved, file, self.images, self.order.steps)
+                checkpoints.check_same_order(saved, file, self.options, self.images, self.order.steps)
             checkpoints.load_state(self.scaler, saved, file)
-        describe_start(saved, file)
+        checkpoints.describe(saved, file)
 
     def save(self, is_best: bool = False) -> None:
         """Write checkpoint and log; where the disk fails, say so, and leave it to the next save.
@@ -277,13 +283,7 @@ class Training:
         names = (checkpoints.BEST, checkpoints.LAST) if is_best else (checkpoints.LAST,)
         is_kept = self.args.keep_freq and self.step == 0 and self.epoch % self.args.keep_freq == 0
         files = self.logger.changes() | dict.fromkeys(names, checkpoints.serialize(checkpoint))
-        self.write(files, checkpoints.KEPT.format(self.epoch) if is_kept else None)
-
-    def write(self, files: dict[str, bytes | memoryview], keep: str | None = None) -> None:
-        """Write into the run's folder, or say that it failed."""
-        self.run_folder.save(files, keep)
-        if self.run_folder.failure:
-            print(f"\n{self.run_folder.failure}; the next save tries again", file=sys.stderr)
+        self.run_folder.save(files, checkpoints.KEPT.format(self.epoch) if is_kept else None)
 
     def interrupted(self) -> bool:
         """Answer the signals that came, to whichever process; whether to end."""
@@ -298,7 +298,7 @@ class Training:
         args = self.args
         self.stop = Stop(repeats=distributed.UNDER_TORCHRUN)
         if distributed.RANK == 0 and not self.run_folder.begins:
-            self.write(self.logger.changes())  # without the rows that came after the checkpoint
+            self.run_folder.save(self.logger.changes())  # without the rows that came after the checkpoint
         keys = map(distributed.share, self.order.run(self.epoch, self.step, args.epochs))
         batches = load(self.folders, keys, *loading(args, self.devices))
         while self.epoch < args.epochs:
@@ -307,38 +307,21 @@ class Training:
             lr = learning_rate(args.lr, args.gamma, args.schedule, self.epoch)
             for group in self.optimizer.param_groups:
                 group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-            if not self.train(label, batches):
-                progress = Progress("Validate", self.order.val_batches, args.test_batch)
-                valid = evaluate(
-                    self.model, self.devices, batches, self.autocast, args.compile, progress, self.interrupted
-                )
+            ended = self.train(label, batches)
+            if not ended:
+                bar = Progress("Validate", self.order.val_batches, args.test_batch)
+                valid = evaluate(self.model, self.devices, batches, self.autocast, args.compile, bar, self.interrupted)
             if self.ending:
                 return self.end_by_signal()
             if not math.isfinite(valid.loss):
-                raise distributed.failed(
-                    f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}; the last checkpoint, if "
-                    "there is one, stands: start from there with a lower --lr"
-                )
+                at = f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}"
+                raise distributed.failed(f"{at}; {LOWER_RATE}")
             trained, self.scores = self.scores, Scores()
-            self.acc, is_best = valid.top1, valid.top1 > self.best_acc
-            self.best_acc = max(valid.top1, self.best_acc)
-            self.epoch, self.step = self.epoch + 1, 0
-            accuracies = trained.top1, valid.top1, trained.top5, valid.top5
-            bad = trained.bad_images + valid.bad_images
-            self.logger.append(lr, trained.loss, valid.loss, *accuracies, self.epoch, bad, trained.skipped_steps)
-            self.save(is_best)
+            self.end_epoch(lr, trained, valid)
             took = timedelta(seconds=round(time.monotonic() - start))
-            print(f"{label}  lr {lr:.4g}  train {trained}{skipped(trained)}  valid {valid}{left_out(valid)}  {took}")
+            print(f"{label}  lr {lr:.4g}  train {trained}{trained.skipped()}  valid {valid}{valid.left_out()}  {took}")
         distributed.leave()
-        if self.run_folder.failure:
-            raise RunFailed(f"{self.run_folder.failure}: the run has ended, and this is not saved")
-        folder = self.run_folder.folder
-        best = f": {folder / checkpoints.BEST}" if os.path.exists(folder / checkpoints.BEST) else ""
-        print(f"Best top-1 {self.best_acc:.2f} %{best}; curves: {folder / CURVES}")
-        if args.demo:
-            print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
-            print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
-        return 0
+        return self.end()
 
     def train(self, label: str, batches: Iterator[Batch]) -> bool:
         """Train to the end of the epoch or to a signal; whether it was a signal."""
@@ -369,17 +352,32 @@ class Training:
         return ended
 
     def blame(self, micro_batches: slice) -> str:
-        """The images of micro-batches of the step that ended the run, in a few words, and all of them in a file."""
+        """What to say of the micro-batches of the step that ended the run."""
         batches = list(islice(self.order.training(self.epoch, self.step), self.args.iter_size))[micro_batches]
-        names = [self.folders[TRAIN].path(index) for batch in batches for *_, index in batch]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        text = f"its images are {', '.join(names[:3])}{more}"
-        file = self.run_folder.folder / NOT_FINITE
-        with contextlib.suppress(OSError):
-            lines = "".join(f"{name}\n" for name in names).encode(errors="surrogateescape")
-            write_atomically(file, lambda stream: stream.write(lines))
-            text += f" ({file})" if more else ""
-        return f"{text}; the last checkpoint, if there is one, stands: start from there with a lower --lr"
+        images = [self.folders[TRAIN].path(index) for batch in batches for *_, index in batch]
+        return f"{self.run_folder.blame(images)}; {LOWER_RATE}"
+
+    def end_epoch(self, lr: float, trained: Scores, valid: Scores) -> None:
+        """Log the epoch, and save."""
+        is_best = valid.top1 > self.best_acc
+        self.acc, self.best_acc = valid.top1, max(valid.top1, self.best_acc)
+        self.epoch, self.step = self.epoch + 1, 0
+        accuracies = trained.top1, valid.top1, trained.top5, valid.top5
+        bad = trained.bad_images + valid.bad_images
+        self.logger.append(lr, trained.loss, valid.loss, *accuracies, self.epoch, bad, trained.skipped_steps)
+        self.save(is_best)
+
+    def end(self) -> int:
+        """Say what came of the run; returns the exit status."""
+        folder = self.run_folder.folder
+        if self.run_folder.failure:
+            raise RunFailed(f"{self.run_folder.failure}: the run has ended, and this is not saved")
+        best = f": {folder / checkpoints.BEST}" if os.path.exists(folder / checkpoints.BEST) else ""
+        print(f"Best top-1 {self.best_acc:.2f} %{best}; curves: {folder / CURVES}")
+        if self.args.demo:
+            print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
+            print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
+        return 0
 
     def end_by_signal(self) -> int:
         """Save, and say how to go on; returns the exit status."""
@@ -391,14 +389,6 @@ class Training:
         print(f"Stopped by {name} in epoch {self.epoch + 1} after {self.step} of {self.order.steps} steps; go on with")
         print(f"  {command([f'--resume={self.args.checkpoint}'])}")
         return 128 + self.ending
-
-
-def whole(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """Batches of training, in which every image has been replaced that could not be decoded."""
-    for batch in batches:
-        if len(batch.images) < size:
-            raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
-        yield batch
 
 
 def train_step(
@@ -490,35 +480,25 @@ def forward(
     return loss, batch_sums(logits, targets, loss)
 
 
-def skipped(trained: Scores) -> str:
-    """What an epoch's line says of the steps that the gradient scaler skipped."""
-    return f" ({trained.skipped_steps} steps skipped: fp16 overflowed)" if trained.skipped_steps else ""
-
-
-def left_out(valid: Scores) -> str:
-    """What a validation's line says when it could not be taken over all images."""
-    total = valid.images + valid.bad_images
-    return f" (over {valid.images:,} of {total:,} images; the others can't be decoded)" if valid.bad_images else ""
+def restored(args: argparse.Namespace, saved: dict, file: Path) -> nn.Module:
+    """The network of a checkpoint, on the CPU."""
+    model = create_model(args, len(saved["classes"]), pretrained=False)
+    checkpoints.load_weights(model, saved["state_dict"], file)
+    return model
 
 
 def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
     """Write the folded weights as a plain state_dict, and say how to load it."""
-    if os.path.exists(args.export) and not args.overwrite:
-        raise BadInput(f"--export: {args.export} exists; replace it by --overwrite, or name another file")
-    model = create_model(args, len(saved["classes"]), pretrained=False)
-    checkpoints.load_weights(model, saved["state_dict"], file)
+    refuse_existing("--export", args.export, args.overwrite)
     contents = io.BytesIO()
-    torch.save(fold(model).state_dict(), contents)
-    try:
-        write_atomically(args.export, lambda stream: stream.write(contents.getbuffer()))
-    except OSError as error:
-        raise BadInput(f"--export: can't write {args.export}: {error.strerror}") from error
-    sizes = args.cardinality, args.base_width, args.image_size
+    torch.save(fold(restored(args, saved, file)).state_dict(), contents)
+    write_output("--export", args.export, contents.getbuffer())
+    sizes = len(saved["classes"]), args.cardinality, args.base_width, args.image_size
     print(f"{args.export}: the plain weights of {file}, which load without this project:")
     print("  import torch, torchvision")
-    print(f"  model = {models.plain_twin(args.arch, len(saved['classes']), *sizes)}")
+    print(f"  model = {models.plain_twin(args.arch, *sizes)}")
     if args.arch == "l_resnet50":
-        print(f"  # or: model = timm.create_model('resnet50_gn', num_classes={len(saved['classes'])})")
+        print(f"  # or: model = timm.create_model('resnet50_gn', num_classes={sizes[0]})")
     print(f"  model.load_state_dict(torch.load({args.export!r}, weights_only=True))")
     return 0
 
@@ -526,11 +506,9 @@ def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
 def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
     """Draw what excitation does to the run's weights, and how its gates moved over the checkpoints beside it."""
     targets = {name: os.path.join(args.visualize, name) for name in pictures.NAMES}
-    present = [target for target in targets.values() if os.path.exists(target)]
-    if present and not args.overwrite:
-        raise BadInput(f"--visualize: {present[0]} exists; replace it by --overwrite, or name another folder")
-    model = create_model(args, len(saved["classes"]), pretrained=False)
-    checkpoints.load_weights(model, saved["state_dict"], file)
+    for target in targets.values():
+        refuse_existing("--visualize", target, args.overwrite)
+    model = restored(args, saved, file)
     layers = list(inspect_layers(model))
     if not layers:
         raise BadInput(f"--visualize: {file} is of a network whose weights are plain; there is nothing to see")
@@ -538,16 +516,10 @@ def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
     # Of a copy, as the layers have their arrays in common with the model.
     history = gates_by_epoch(copy.deepcopy(model), saved, file) if has_gates else {}
     place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
-    figures = pictures.draw(layers, history, f"{args.arch}, excitation {args.excitation} ({args.formulation}), {place}")
-    try:
-        os.makedirs(args.visualize, exist_ok=True)
-        for name, figure in figures.items():
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=pictures.DPI)
-            write_atomically(targets[name], lambda stream, picture=picture: stream.write(picture.getbuffer()))
-            print(targets[name])
-    except OSError as error:
-        raise BadInput(f"--visualize: can't write into {args.visualize}: {error.strerror}") from error
+    title = f"{args.arch}, excitation {args.excitation} ({args.formulation}), {place}"
+    for name, picture in pictures.draw(layers, history, title).items():
+        write_output("--visualize", targets[name], picture)
+        print(targets[name])
     if not has_gates:
         print(f"No gates.png: --excitation {args.excitation} --formulation {args.formulation} has no gates")
     elif len(history) < 2:
@@ -601,34 +573,6 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -
         raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
 
 
-def describe_steps(args: argparse.Namespace, order: Order) -> None:
-    """Say what an optimizer step and an epoch are, and whether the learning rate suits them."""
-    group = order.group
-    print(
-        f"Each optimizer step: {group} images (--train-batch {args.train_batch} x --iter-size {args.iter_size}); "
-        f"{order.steps} steps an epoch"
-    )
-    if order.train % group:
-        print(f"The last {order.train % group} images of each shuffle make no whole step and wait for another epoch")
-    suggested = 0.1 * group / 256
-    if args.lr > 2 * suggested:
-        print(f"--lr {args.lr:g} is high for steps of {group} images; suggested: 0.1 x {group} / 256 = {suggested:.2g}")
-
-
-def describe_start(saved: dict, file: Path) -> None:
-    """Say what is taken from a checkpoint, and what was not in it."""
-    if "options" in saved:
-        done = f"{saved['epoch']} epochs and {saved['step']} steps done, best top-1 {max(saved['best_acc'], 0):.2f}"
-        print(f"Going on from {file}: {done}")
-        if saved["versions"] != checkpoints.versions():
-            print(f"It was written with {' '.join(map(' '.join, saved['versions'].items()))}: rounding may differ")
-        return
-    names = {"weights": "state_dict", "epoch": "epoch", "optimizer": "optimizer"}
-    known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
-    print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
-    print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
-
-
 def common_start(args: argparse.Namespace, folders: dict[str, ImageFolder], saved: dict | None) -> str:
     """What all processes of a run must begin with; where files lie may differ."""
     own = ("checkpoint", "data", "gpu_id", "resume", "workers")
@@ -638,37 +582,10 @@ def common_start(args: argparse.Namespace, folders: dict[str, ImageFolder], save
     return repr((options, [folder.digest() for folder in folders.values()], place, weights))
 
 
-def check_processes(args: argparse.Namespace, device: torch.device) -> None:
-    """Refuse what the processes of torchrun can't share."""
-    count = distributed.PROCESSES
-    if args.sync_bn and count > 1 and device.type == "cpu":
-        raise BadInput("--sync-bn: PyTorch has it on GPUs only; leave it out here")
-    if not args.evaluate and args.train_batch % count:
-        fits = math.ceil(args.train_batch / count) * count
-        raise BadInput(f"--train-batch {args.train_batch}: {count} processes can't share it evenly; {fits} fits")
-
-
 def loading(args: argparse.Namespace, devices: list[torch.device]) -> tuple[int, torch.device, bool]:
     """How this process loads its part of the images: workers, device, whether to leave out bad ones."""
     workers = math.ceil(args.workers / distributed.PROCESSES)
     return workers, devices[0], args.skip_bad_images
-
-
-def check_same_order(args: argparse.Namespace, saved: dict, file: Path, images: str, steps: int) -> None:
-    """In the middle of an epoch, refuse what would change the shuffle or the groups that go on."""
-    for name in ("seed", "train_batch", "iter_size"):
-        if getattr(args, name) != saved["options"].get(name):
-            old = f"{flag(name)} {saved['options'].get(name)}"
-            raise BadInput(f"{flag(name)} {getattr(args, name)}: {file} is in the middle of an epoch with {old}")
-    if images != saved["images"] or saved["step"] > steps:
-        raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {args.data} has now")
-
-
-def command(words: list[str]) -> str:
-    """A command line to paste, by this interpreter where it lies below the current folder."""
-    python = Path(sys.executable)
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-    return shlex.join([str(python), "imagenet.py", *words])
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None]:
@@ -684,13 +601,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
     saved = file = None
     if args.resume is not None:
         file, saved = checkpoints.find(args.resume)
-        for name in ("export", "visualize"):
-            if "options" not in saved and getattr(args, name) is not None:
-                raise BadInput(f"{flag(name)}: {file} is of another trainer, and its options are not known")
-        if args.start_epoch is not None and "epoch" in saved:
-            raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
-        if args.pretrained:
-            raise BadInput("--pretrained: with --resume the weights come from there; leave one out")
+        check_resumable(args, saved, file)
         options = saved.get("options", {})
         if options:
             parser.set_defaults(checkpoint=str(file.parent))
@@ -702,7 +613,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
             raise BadInput(f"{error} ({file} with this command's options)") from error
     args.checkpoint = args.checkpoint or f"checkpoints/imagenet/{args.arch}"
     args.start_epoch = args.start_epoch or 0
-    check(args, saved is not None)
+    check_options(args, saved is not None)
     if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
     if saved and "options" in saved:
@@ -713,7 +624,18 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
     return args, saved, file
 
 
-def check(args: argparse.Namespace, resumed: bool) -> None:
+def check_resumable(args: argparse.Namespace, saved: dict, file: Path) -> None:
+    """Refuse options that don't go with the checkpoint."""
+    for name in ("export", "visualize"):
+        if "options" not in saved and getattr(args, name) is not None:
+            raise BadInput(f"{flag(name)}: {file} is of another trainer, and its options are not known")
+    if args.start_epoch is not None and "epoch" in saved:
+        raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
+    if args.pretrained:
+        raise BadInput("--pretrained: with --resume the weights come from there; leave one out")
+
+
+def check_options(args: argparse.Namespace, resumed: bool) -> None:
     """Refuse options that don't go together."""
     if args.data is None:
         raise BadInput("--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
@@ -748,7 +670,9 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     count = {"type": number(int, 1, 2**31), "metavar": "N"}
     natural = {"type": number(int, 0, 2**63), "metavar": "N"}
-    rate = {"type": number(float, 0), "metavar": "X"}
+    factor = {"type": number(float, 0), "metavar": "X"}
+    probability = {"type": number(float, 0, 1), "metavar": "P"}
+    folder = {"type": path, "metavar": "DIR"}
     switch = {"action": argparse.BooleanOptionalAction}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     demo = f"draw {DEMO['data']}, ten classes of shapes and textures, and train\n{DEMO['arch']} on it in minutes"
@@ -756,9 +680,11 @@ def build_parser() -> Parser:
     we = "we: both halves; mwe, lwe: one; none: only standardization\n[we for l_*, untouched weights for torchvision's]"
     channel = "channel: MWE is the channel gate, LWE the activation map;\n"
     paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
+    lr = "initial learning rate; 0.1 x images of a step / 256 suits [%(default)s]"
+    schedule = "finished epochs after which the rate is multiplied by gamma [30 60]"
 
     add = parser.add_argument_group("data").add_argument
-    add("-d", "--data", type=path, metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
+    add("-d", "--data", **folder, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
     add("-j", "--workers", **natural, default=min(cores, 8), help="processes that load images, in all [%(default)s]")
     add("--image-size", **count, default=224, help="pixels, the side of the network's input [%(default)s]")
     add("--skip-bad-images", **switch, default=False, help="go on without images that can't be decoded [no]")
@@ -771,14 +697,7 @@ def build_parser() -> Parser:
     add("--excitation", choices=EXCITATIONS, help=we)
     add("--formulation", choices=FORMULATIONS, default="channel", help=channel + paper)
     add("--standardize", **switch, default=True, help="weight standardization before excitation [yes]")
-    add(
-        "--drop",
-        "--dropout",
-        type=number(float, 0, 1),
-        default=0.0,
-        metavar="P",
-        help="probability of dropout before the classifier [%(default)s]",
-    )
+    add("--drop", "--dropout", **probability, default=0.0, help="probability, before the classifier [%(default)s]")
     add("--pretrained", **switch, default=False, help="start from torchvision's weights [no]")
 
     add = parser.add_argument_group("optimization").add_argument
@@ -787,40 +706,22 @@ def build_parser() -> Parser:
     add("--train-batch", **count, default=256, help="images of a micro-batch, over all GPUs together [%(default)s]")
     add("--test-batch", **count, default=200, help="images of a validation batch, over all GPUs together [%(default)s]")
     add("--iter-size", **count, default=1, help="micro-batches of an optimizer step [%(default)s]")
-    add(
-        "--lr",
-        "--learning-rate",
-        **rate,
-        default=0.1,
-        help="initial learning rate; 0.1 x images of a step / 256 suits [%(default)s]",
-    )
-    add(
-        "--schedule",
-        **natural | {"metavar": "EPOCH"},
-        nargs="*",
-        default=[30, 60],
-        help="finished epochs after which the rate is multiplied by gamma [30 60]",
-    )
-    add("--gamma", **rate, default=0.1, help="factor on the learning rate [%(default)s]")
-    add("--momentum", **rate, default=0.9, help="of SGD [%(default)s]")
-    add("--weight-decay", "--wd", **rate, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
+    add("--lr", "--learning-rate", **factor, default=0.1, help=lr)
+    add("--schedule", **natural | {"metavar": "EPOCH"}, nargs="*", default=[30, 60], help=schedule)
+    add("--gamma", **factor, default=0.1, help="factor on the learning rate [%(default)s]")
+    add("--momentum", **factor, default=0.9, help="of SGD [%(default)s]")
+    add("--weight-decay", "--wd", **factor, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
     add("--seed", "--manualSeed", **natural, default=0, help="of weights, shuffles, crops and dropout [%(default)s]")
 
     add = parser.add_argument_group("run").add_argument
-    add(
-        "-c",
-        "--checkpoint",
-        type=path,
-        metavar="DIR",
-        help="folder that the run is written to [checkpoints/imagenet/ARCH]",
-    )
+    add("-c", "--checkpoint", **folder, help="folder that the run is written to [checkpoints/imagenet/ARCH]")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--save-freq", **natural, default=0, help="optimizer steps between checkpoints; 0: each epoch [%(default)s]")
     add("--keep-freq", **natural, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")
     add("--resume", type=path, metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
     add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
-    add("--visualize", type=path, metavar="DIR", help="draw the weights and gates of --resume")
+    add("--visualize", **folder, help="draw the weights and gates of --resume")
 
     add = parser.add_argument_group("devices").add_argument
     add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")

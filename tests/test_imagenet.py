@@ -294,7 +294,8 @@ def test_exported_weights_load_elsewhere_with_the_same_logits(command, images, t
     assert_refused(command("--resume", run, "--export", file), "--export", file)
     assert file.read_bytes() == before
     assert command("--resume", run, "--export", file, "--overwrite").status == 0
-    assert_refused(command("--resume", run, "--export", tmp_path / "no" / "folder"), "--export")
+    assert command("--resume", run, "--export", tmp_path / "new" / "plain.pth").status == 0
+    assert_refused(command("--resume", run, "--export", file / "plain.pth"), "--export")
     assert_refused(command("--resume", run, "--export", file, "-e"), "--export")
 
 

@@ -87,4 +87,4 @@ def test_what_can_not_be_drawn(command, images, tmp_path):
     assert command(*SMALL, "-d", images, "-c", excited, "--epochs", 1, "--excitation", "none").status == 0
     result = command("--resume", excited, "--visualize", tmp_path / "file" / "pictures")
     assert result.status == 2
-    assert result.err.startswith("imagenet.py: --visualize: can't write into ")
+    assert result.err.startswith("imagenet.py: --visualize: can't write ")

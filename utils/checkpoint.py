@@ -30,7 +30,8 @@ import torch
 import torchvision
 
 from utils.accuracy import Scores
-from utils.errors import BadInput, RunFailed
+from utils.arguments import flag
+from utils.errors import LOWER_RATE, BadInput, RunFailed
 from utils.logger import COLUMNS
 from utils.safe_load import NotWhole, safe_load
 
@@ -75,10 +76,8 @@ def serialize(checkpoint: dict) -> memoryview:
     states = [checkpoint["state_dict"], *checkpoint["optimizer"]["state"].values()]
     tensors = [value for state in states for value in state.values() if value is not None and value.is_floating_point()]
     if not math.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf)):
-        raise RunFailed(
-            f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']}: the weights are not finite any more; the "
-            "last checkpoint, if there is one, stands: start from there with a lower --lr"
-        )
+        place = f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']}"
+        raise RunFailed(f"{place}: the weights are not finite any more; {LOWER_RATE}")
     stream = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, stream)
     return stream.getbuffer()
@@ -204,6 +203,38 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "versions": all(isinstance(text, str) for text in checkpoint["versions"].values()),
     }
     return [key for key, is_usable in usable.items() if not is_usable]
+
+
+def describe(saved: dict, file: Path) -> None:
+    """Say what is taken from a checkpoint, and what was not in it."""
+    if "options" in saved:
+        done = f"{saved['epoch']} epochs and {saved['step']} steps done, best top-1 {max(saved['best_acc'], 0):.2f}"
+        print(f"Going on from {file}: {done}")
+        if saved["versions"] != versions():
+            print(f"It was written with {' '.join(map(' '.join, saved['versions'].items()))}: rounding may differ")
+        return
+    names = {"weights": "state_dict", "epoch": "epoch", "optimizer": "optimizer"}
+    known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
+    print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
+    print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
+
+
+def check_same_order(saved: dict, file: Path, options: dict, images: str, steps: int) -> None:
+    """In the middle of an epoch, refuse what would change the shuffle or the groups that go on.
+
+    Args:
+        options, images: as the checkpoint has them, of the run that is to go on.
+        steps: of an epoch.
+
+    Raises:
+        BadInput: it would.
+    """
+    for name in ("seed", "train_batch", "iter_size"):
+        if options[name] != saved["options"].get(name):
+            old = f"{flag(name)} {saved['options'].get(name)}"
+            raise BadInput(f"{flag(name)} {options[name]}: {file} is in the middle of an epoch with {old}")
+    if images != saved["images"] or saved["step"] > steps:
+        raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {options['data']} has now")
 
 
 def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:

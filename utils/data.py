@@ -208,6 +208,16 @@ class Order:
         """Batches of a validation."""
         return math.ceil(self.val / self.test_batch)
 
+    def __str__(self) -> str:
+        """What an optimizer step and an epoch are, in a line or two."""
+        text = (
+            f"Each optimizer step: {self.group} images (--train-batch {self.train_batch} x --iter-size "
+            f"{self.iter_size}); {self.steps} steps an epoch"
+        )
+        rest = self.train % self.group
+        waits = f"\nThe last {rest} images of each shuffle make no whole step and wait for another epoch"
+        return text + (waits if rest else "")
+
     def run(self, epoch: int, step: int, epochs: int) -> Iterator[list[Key]]:
         """Batches from the step of the epoch on: one stream, so that workers never wait at an epoch's end."""
         for number in range(epoch, epochs):
@@ -267,6 +277,14 @@ def load(
             print(f"\nLeft out: {reason}", file=sys.stderr)
         named.update(batch.reasons)
         yield batch._replace(targets=torch.tensor(batch.targets))
+
+
+def whole(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """Batches of training, in which every image has been replaced that could not be decoded."""
+    for batch in batches:
+        if len(batch.images) < size:
+            raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
+        yield batch
 
 
 def _collate(samples: list[Sample]) -> Batch:

@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there at all."""
+"""Writing files that are whole or not there at all, and that replace nothing unasked."""
 
 import contextlib
 import errno
@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from utils.errors import BadInput
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
@@ -52,6 +54,33 @@ def link(path: Path, name: Path) -> None:
     os.link(path, temporary)
     os.replace(temporary, name)
     temporary.unlink(missing_ok=True)  # replace() leaves it where both are the same file
+
+
+def refuse_existing(flag: str, path: str | Path, overwrite: bool) -> None:
+    """Before a command's work, see that the file which it is to write replaces nothing.
+
+    Args:
+        flag: that names the file.
+
+    Raises:
+        BadInput: the file is there, and ``overwrite`` is not given.
+    """
+    if os.path.exists(path) and not overwrite:
+        raise BadInput(f"{flag}: {path} exists; replace it by --overwrite, or write elsewhere")
+
+
+def write_output(flag: str, path: str | Path, contents: bytes | memoryview) -> None:
+    """Write the file that a command was asked for, and its folder if that isn't there.
+
+    Raises:
+        BadInput: it can't be written.
+    """
+    try:
+        if not Path(path).parent.exists():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(contents))
+    except OSError as error:
+        raise BadInput(f"{flag}: can't write {path}: {error.strerror}") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 
 from utils.arguments import Parser, path
 from utils.errors import BadInput
-from utils.files import write_atomically
+from utils.files import refuse_existing, write_output
 
 LOG, CURVES = "log.txt", "log.png"
 SPLITS = {
@@ -165,23 +165,19 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     try:
         args = parser.parse_args()
-        if os.path.exists(args.out) and not args.overwrite:
-            raise BadInput(f"--out: {args.out} exists; replace it by --overwrite, or name another file")
+        refuse_existing("--out", args.out, args.overwrite)
         kind = Path(args.out).suffix.lower()
         if kind not in PICTURES:
             raise BadInput(f"--out: {args.out} should end in {', '.join(PICTURES)}")
         runs = read_runs(args.runs)
         picture = io.BytesIO()
         compare_curves(runs).savefig(picture, format=kind.removeprefix("."), dpi=120)
-        write_atomically(args.out, lambda file: file.write(picture.getbuffer()))
+        write_output("--out", args.out, picture.getbuffer())
     except BadInput as error:
         print(f"utils.logger: {error}", file=sys.stderr)
         return 2
     except ValueError as error:  # matplotlib's, of numbers beyond bounds
         print(f"utils.logger: the curves can't be drawn: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"utils.logger: --out: can't write {args.out}: {error.strerror}", file=sys.stderr)
         return 2
     for name, rows in runs.items():
         best = max(rows, key=lambda row: row["Valid Acc."])

@@ -3,6 +3,7 @@
 They read in grayscale, the filters apart: what differs in colour differs in lightness, marker or line as well.
 """
 
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -34,8 +35,8 @@ class Layer(Protocol):
     constants: np.ndarray | None
 
 
-def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], title: str) -> dict[str, Figure]:
-    """Those of the pictures NAMES for which there are gates, and checkpoints of more than one epoch.
+def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], title: str) -> dict[str, bytes]:
+    """Those of the pictures NAMES for which there are gates, and checkpoints of more than one epoch, as PNG files.
 
     Args:
         layers: from the first to the last.
@@ -49,7 +50,12 @@ def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], titl
         figures["gates.png"] = draw_gates(layers, title)
         if len(history) > 1:
             figures["history.png"] = draw_history(history, title)
-    return figures
+    files = {}
+    for name, figure in figures.items():
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=DPI)
+        files[name] = stream.getvalue()
+    return files
 
 
 def draw_gates(layers: Sequence[Layer], title: str) -> Figure:

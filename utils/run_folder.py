@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -125,8 +126,8 @@ class RunFolder:
     def save(self, files: dict[str, bytes | memoryview], keep: str | None = None) -> None:
         """Write files, and those that an earlier save could not.
 
-        A failure is kept in ``failure``, and what was there before stands. The files of a run that this one replaces go
-        when this one has a checkpoint.
+        A failure is printed and kept in ``failure``, and what was there before stands. The files of a run that this one
+        replaces go when this one has a checkpoint.
 
         Args:
             files: {name: contents}.
@@ -152,6 +153,19 @@ class RunFolder:
                 self._keep(self.folder / keep)
             except OSError as error:
                 self.failure = self.failure or f"can't write {self.folder / keep}: {error.strerror}"
+        if self.failure:
+            print(f"\n{self.failure}; the next save tries again", file=sys.stderr)
+
+    def blame(self, images: list[str]) -> str:
+        """The images of a step that was not finite: the first of them in words, all of them in a file of the folder."""
+        more = f" and {len(images) - 3} more" if len(images) > 3 else ""
+        text = f"its images are {', '.join(images[:3])}{more}"
+        file = self.folder / NOT_FINITE
+        lines = "".join(f"{image}\n" for image in images).encode(errors="surrogateescape")
+        with contextlib.suppress(OSError):
+            write_atomically(file, lambda stream: stream.write(lines))
+            text += f" ({file})" if more else ""
+        return text
 
     def _keep(self, name: Path) -> None:
         """Give the last checkpoint another name; where a file system has no hard links, another copy."""

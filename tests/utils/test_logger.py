@@ -83,10 +83,11 @@ def test_runs_are_compared(compare, tmp_path):
     before = out.read_bytes()
     assert compare(one, "--out", out)[::2] == (
         2,
-        f"utils.logger: --out: {out} exists; replace it by --overwrite, or name another file\n",
+        f"utils.logger: --out: {out} exists; replace it by --overwrite, or write elsewhere\n",
     )
     assert out.read_bytes() == before
     assert compare(one, "--out", out, "--overwrite")[0] == 0
+    assert compare(one, "--out", tmp_path / "a" / "new" / "folder.pdf")[0] == 0
     assert out.read_bytes() != before
 
 
@@ -121,7 +122,7 @@ def test_names_and_numbers_that_are_hard_to_draw(compare, tmp_path):
         (["nowhere", "--out", "a.png"], "nowhere: can't be read: No such file or directory"),
         (["damaged", "--out", "a.png"], "damaged/log.txt: damaged, or no log of this trainer"),
         (["run", "--out", "a.xyz"], "--out: a.xyz should end in .png, .pdf, .svg"),
-        (["run", "--out", "no/folder/a.png"], "--out: can't write no/folder/a.png: No such file or directory"),
+        (["run", "--out", "run/log.txt/a.png"], "--out: can't write run/log.txt/a.png: Not a directory"),
         (["run"], "the following arguments are required: --out"),
         (["--out", "a.png"], "the following arguments are required: RUN"),
     ],
