@@ -4,13 +4,15 @@ He et al., arXiv 1512.03385, with the stride in the bottleneck's 3x3 convolution
 parameters are torchvision's, norms included, so published GN+WS checkpoints load and folded weights go back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import Conv2d, group_norm
+from models.layers import excite, group_norm
+
+conv = partial(nn.Conv2d, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -18,15 +20,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(
-        self,
-        conv: Callable[..., nn.Conv2d],
-        in_channels: int,
-        channels: int,
-        stride: int,
-        groups: int = 1,
-        base_width: int = 64,
-    ):
+    def __init__(self, in_channels: int, channels: int, stride: int, groups: int = 1, base_width: int = 64):
         super().__init__()
         if (groups, base_width) != (1, 64):
             raise ValueError("a basic block has one group of width 64")
@@ -35,7 +29,7 @@ class BasicBlock(nn.Module):
         self.conv2 = conv(channels, channels, 3, padding=1)
         self.bn2 = group_norm(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample(conv, in_channels, channels, stride)
+        self.downsample = downsample(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -48,15 +42,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self,
-        conv: Callable[..., nn.Conv2d],
-        in_channels: int,
-        channels: int,
-        stride: int,
-        groups: int = 1,
-        base_width: int = 64,
-    ):
+    def __init__(self, in_channels: int, channels: int, stride: int, groups: int = 1, base_width: int = 64):
         super().__init__()
         width = int(channels * base_width / 64) * groups
         out_channels = channels * self.expansion
@@ -67,7 +53,7 @@ class Bottleneck(nn.Module):
         self.conv3 = conv(width, out_channels, 1)
         self.bn3 = group_norm(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample(conv, in_channels, out_channels, stride)
+        self.downsample = downsample(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -76,9 +62,7 @@ class Bottleneck(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-def downsample(
-    conv: Callable[..., nn.Conv2d], in_channels: int, out_channels: int, stride: int
-) -> nn.Sequential | None:
+def downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     """The shortcut's projection, where the block changes the shape."""
     if stride == 1 and in_channels == out_channels:
         return None
@@ -96,7 +80,7 @@ class ResNet(nn.Module):
         groups, base_width: ResNeXt's cardinality, and the width of a group in the first stage.
         num_classes: of the classifier.
         drop: probability of dropout before the classifier.
-        **excitation: ``excitation``, ``formulation`` and ``standardize`` of :class:`models.layers.Conv2d`.
+        **excitation: ``excitation``, ``formulation`` and ``standardize`` of :func:`models.layers.excite`.
     """
 
     def __init__(
@@ -111,7 +95,6 @@ class ResNet(nn.Module):
         **excitation,
     ):
         super().__init__()
-        conv = partial(Conv2d, bias=False, **excitation)
         self.conv1 = conv(3, 64, 7, stride=2, padding=3)
         self.bn1 = group_norm(64)
         self.relu = nn.ReLU(inplace=True)
@@ -122,7 +105,7 @@ class ResNet(nn.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(conv, in_channels, channels, stride, groups, base_width))
+                blocks.append(block(in_channels, channels, stride, groups, base_width))
                 in_channels = channels * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -131,6 +114,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # Last, so that networks of one seed begin with the same weights, whatever gates they have.
+        excite(self, **excitation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

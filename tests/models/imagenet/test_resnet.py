@@ -1,5 +1,7 @@
 """The l_* networks against torchvision's, and against an independently written GN+WS forward."""
 
+import itertools
+
 import pytest
 import torch
 import torchvision
@@ -45,6 +47,16 @@ def test_initialization():
     bound = model.layer4[2].conv3.gate.fc1.in_features ** -0.5
     fc1 = model.layer4[2].conv3.gate.fc1.weight
     assert 0.99 * bound < fc1.abs().max() <= bound
+
+
+def test_networks_of_one_seed_begin_with_the_same_weights_whatever_excites_them():
+    starts = []
+    for excitation, formulation in (("none", "channel"), *itertools.product(("we", "mwe", "lwe"), FORMULATIONS)):
+        torch.manual_seed(0)
+        state = models.create("l_resnet18", excitation=excitation, formulation=formulation).state_dict()
+        starts.append({name: value for name, value in state.items() if ".gate." not in name})
+    for start in starts[1:]:
+        torch.testing.assert_close(start, starts[0], rtol=0, atol=0)
 
 
 def gn_ws_resnet50(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
