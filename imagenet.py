@@ -283,9 +283,6 @@ def choose_order(args: argparse.Namespace, folders: dict[str, ImageFolder]) -> O
     order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
     if args.evaluate:
         return order
-    if order.steps == 0:
-        group = f"--train-batch {args.train_batch} x --iter-size {args.iter_size}"
-        raise BadInput(f"{group}: more than the {train} training images; lower one")
     print(order)
     suggested = 0.1 * order.group / 256
     if args.lr > 2 * suggested:

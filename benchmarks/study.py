@@ -3,9 +3,9 @@
 python -m benchmarks.study --data DIR --out DIR [--seeds N] [--jobs N] [-- OPTIONS OF imagenet.py]
 
 Every run is a command of imagenet.py's. The learning rate of each network is the one of --rates that is best without
-excitation, on a seed that the study doesn't use, and is kept for all. A study that was stopped goes on by the same
-command; of runs that are done, the logs are kept and the checkpoints are not. Without --data, the tables and the figure
-are made again from the logs.
+excitation, on a seed that the study doesn't use, and is kept for all. Runs of one seed begin with the same weights and
+see the same batches. A study that was stopped goes on by the same command; of runs that are done, the logs are kept and
+the checkpoints are not. Without --data, the tables and the figure are made again from the logs.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -34,19 +35,21 @@ import imagenet
 from benchmarks.measure import markdown
 from utils.arguments import Parser, flag, number, path
 from utils.checkpoint import BEST, LAST, PREVIOUS, versions
-from utils.data import TRAIN, ImageFolder
-from utils.errors import BadInput
+from utils.data import TRAIN, VAL, ImageFolder, Order, check_same_classes
+from utils.errors import LOWER_RATE, BadInput
 from utils.files import write_atomically
 from utils.logger import LOG, read_log
 from utils.meters import Output
 from utils.run_folder import LOCK, take_lock
-from utils.signals import ENDING
+from utils.signals import ENDING, ignore
 
 # What a CPU can do in some hours, for Fashion-MNIST; words after -- override it.
 RECIPE = "--epochs 5 --schedule 3 --image-size 28 --train-batch 128 --test-batch 500 -j 0"
 RATES = [0.005, 0.01, 0.02, 0.04, 0.08]
+SEEDS = 5
 RATE_SEED = 1000  # not one of the study's
 SETTINGS, TABLES, VALUES, FIGURE = "study.json", "results.md", "results.tsv", "results.png"
+DIVERGED = "diverged.txt"  # in the folder of a run whose numbers didn't stay finite: what it said
 # What differs from run to run, or would take what the study needs of them.
 OWN = {"arch", "checkpoint", "data", "excitation", "formulation", "keep_freq", "lr", "seed", "standardize"}
 
@@ -121,15 +124,29 @@ class Study:
         rows = read_log(log) if log.exists() else []
         return rows[-1]["Valid Acc."] if len(rows) == self.epochs else None
 
+    def diverged(self, run: Run) -> bool:
+        """Whether its numbers didn't stay finite, which is a result as well."""
+        return (self.out / run.folder / DIVERGED).exists()
+
+    def is_done(self, run: Run) -> bool:
+        """Whether it has come to an end."""
+        return self.diverged(run) or self.top1(run) is not None
+
+    def words(self, run: Run) -> list[str]:
+        """The run's command, but for the images."""
+        common = ["-a", run.network, "-c", str(self.out / run.folder), "--overwrite", *self.settings["recipe"]]
+        own = NETWORKS[run.network][run.variant].options.split()
+        return [*common, "--lr", str(run.rate), "--seed", str(run.seed), *own]
+
     def rate_runs(self, network: str) -> list[Run]:
         """Those that choose the learning rate."""
         return [Run(network, base(network), rate, RATE_SEED) for rate in self.settings["rates"]]
 
     def rate(self, network: str) -> float | None:
-        """The rate that is best without excitation; None if none of them trains."""
-        found = {run.rate: self.top1(run) for run in self.rate_runs(network)}
-        tried = {rate: top1 for rate, top1 in found.items() if top1 is not None}
-        return max(tried, key=tried.get) if tried else None
+        """The rate that is best without excitation; None until all have been tried, or if none of them trains."""
+        runs = self.rate_runs(network)
+        found = {run.rate: self.top1(run) for run in runs if not self.diverged(run)}
+        return max(found, key=found.get) if found and all(map(self.is_done, runs)) else None
 
     def runs(self, network: str, variant: str) -> list[Run]:
         """One of each seed, at the chosen rate; none without it."""
@@ -167,12 +184,14 @@ class Trainer:
             The failures, a line each.
         """
         failures = self._train("rate", [run for network in NETWORKS for run in self.study.rate_runs(network)])
+        if failures:  # the best of the others may not be the best
+            return failures
         groups = [self.study.runs(network, variant) for network in NETWORKS for variant in NETWORKS[network]]
         by_seed = itertools.chain.from_iterable(itertools.zip_longest(*groups))
-        return failures + self._train("run", [run for run in by_seed if run is not None])
+        return self._train("run", [run for run in by_seed if run is not None])
 
     def _train(self, kind: str, runs: list[Run]) -> list[str]:
-        missing = [run for run in runs if self.study.top1(run) is None]
+        missing = [run for run in runs if not self.study.is_done(run)]
         for run in set(runs) - set(missing):
             self._tidy(run)  # one that ended with the study
         failures, times = [], []
@@ -184,7 +203,7 @@ class Trainer:
                 times.append(seconds)
                 left = timedelta(seconds=round(statistics.mean(times) * (len(missing) - len(times)) / self.jobs))
                 place = f"{kind} {len(runs) - len(missing) + len(times)}/{len(runs)}"
-                result = error or f"top-1 {self.study.top1(run):.2f}"
+                result = error or ("diverged" if self.study.diverged(run) else f"top-1 {self.study.top1(run):.2f}")
                 print(f"{place}  {run}: {result}  {timedelta(seconds=round(seconds))}  ETA {left}", flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -198,17 +217,8 @@ class Trainer:
     def _one(self, run: Run) -> tuple[Run, float, str]:
         """Run the command; gives the seconds that it took and, where it failed, its last line."""
         folder = self.study.out / run.folder
-        if (folder / LAST).exists():
-            words = ["--resume", str(folder)]
-        else:
-            words = ["-a", run.network, "-c", str(folder), "--overwrite", *self.study.settings["recipe"]]
-            words += [
-                "--lr",
-                str(run.rate),
-                "--seed",
-                str(run.seed),
-                *NETWORKS[run.network][run.variant].options.split(),
-            ]
+        self._wait_for(folder)
+        words = ["--resume", str(folder)] if (folder / LAST).exists() else self.study.words(run)
         command = [sys.executable, "-W", "ignore", imagenet.__file__, *words, "--data", self.data]
         threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // self.jobs))}
         # In a session of its own, so that Ctrl-C reaches it once, from here.
@@ -217,15 +227,27 @@ class Trainer:
         with self.starting:
             if self.stopping:
                 return run, 0.0, "stopped"
-            process = subprocess.Popen(command, env=threads | os.environ, **options)
+            process = subprocess.Popen(command, env=os.environ | threads, **options)
             self.processes.add(process)
         with process:
             errors = process.communicate()[1].splitlines()
         self.processes.discard(process)
-        if process.returncode == 0 and self.study.top1(run) is not None:
+        error = errors[-1] if errors else f"exit status {process.returncode}"
+        if process.returncode == 1 and LOWER_RATE in error:
+            write_atomically(folder / DIVERGED, lambda file: file.write(error.encode()))
+        if self.study.is_done(run):
             self._tidy(run)
-            return run, time.monotonic() - start, ""
-        return run, time.monotonic() - start, errors[-1] if errors else f"exit status {process.returncode}"
+            error = ""
+        return run, time.monotonic() - start, error
+
+    def _wait_for(self, folder: Path) -> None:
+        """A study that was killed leaves runs that go on."""
+        while folder.exists() and not self.stopping:
+            try:
+                os.close(take_lock(folder, "--out"))
+                return
+            except BadInput:
+                time.sleep(1)
 
     def _tidy(self, run: Run) -> None:
         """Delete the checkpoints of a run that is done: a quarter of a gigabyte."""
@@ -242,7 +264,8 @@ def results(study: Study) -> list[list[str]]:
             row = [f"{network}, {NORMS[network]}", name, variant.letters]
             row += [f"{statistics.mean(values):.2f}" if values else "no run"]
             row += [f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""]
-            row += [f"{len(values)} of {study.settings['seeds']}"]
+            diverged = sum(map(study.diverged, study.runs(network, name)))
+            row += [f"{len(values)} of {study.settings['seeds']}" + (f", {diverged} diverged" if diverged else "")]
             if name != base(network) and len(differences) > 1:
                 mean, half = interval(differences)
                 row += [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
@@ -256,9 +279,12 @@ def rates(study: Study) -> list[list[str]]:
     """The table of learning rates that were tried; the first row is the header."""
     rows = [["top-1 at the learning rate", *(f"{rate:g}" for rate in study.settings["rates"]), "chosen"]]
     for network in NETWORKS:
-        found, chosen = [study.top1(run) for run in study.rate_runs(network)], study.rate(network)
-        values = ["no result" if top1 is None else f"{top1:.2f}" for top1 in found]
-        rows.append([f"{network}, {base(network)}", *values, "none" if chosen is None else f"{chosen:g}"])
+        row = [f"{network}, {base(network)}"]
+        for run in study.rate_runs(network):
+            top1 = study.top1(run)
+            row.append("diverged" if study.diverged(run) else "no run" if top1 is None else f"{top1:.2f}")
+        chosen = study.rate(network)
+        rows.append([*row, "none" if chosen is None else f"{chosen:g}"])
     return rows
 
 
@@ -294,7 +320,7 @@ def draw(study: Study) -> Figure:
     handles = [
         Line2D([], [], linestyle="", marker="o", color="0.65", label="one seed"),
         Line2D([], [], linestyle="", marker="|", color="black", markersize=12, markeredgewidth=2, label="mean"),
-        Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black", label="compared with"),
+        Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black", label="baseline"),
         Line2D([], [], marker="o", color="black", label="mean difference and its 95 % interval"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4)
@@ -302,7 +328,7 @@ def draw(study: Study) -> Figure:
     left.set(xlabel="validation top-1 (%)", yticks=range(len(names)), yticklabels=labels)
     left.invert_yaxis()
     right.axvline(0, color="0.6", zorder=0)
-    right.set_xlabel("difference, seed by seed (points of %)")
+    right.set_xlabel("difference, seed by seed (percentage points)")
     for axes in (left, right):
         axes.axhline(len(NETWORKS[names[0][0]]) - 0.5, color="0.8")
         axes.grid(axis="x", alpha=0.25)
@@ -313,7 +339,7 @@ def write(study: Study) -> str:
     """Write the tables as Markdown and TSV and the figure; returns the Markdown."""
     text = (
         f"Validation top-1 (%) on {study.settings['data']} after {study.epochs} epochs, by "
-        f"`{' '.join(study.settings['recipe'])}`.\nA difference is that from the network's first line, seed by seed; "
+        f"`{shlex.join(study.settings['recipe'])}`.\nA difference is that from the network's first line, seed by seed; "
         f"intervals by Student's t.\n\n{markdown(results(study))}\n\n{markdown(rates(study))}\n"
     )
     tsv = "".join("\t".join(row) + "\n" for row in values(study))
@@ -338,6 +364,21 @@ def student_t(freedom: int, probability: float = 0.975) -> float:
     return math.sqrt(freedom) * math.tan(np.interp(probability, mass / mass[-1], angle))
 
 
+def is_list(value: object, kinds: type) -> bool:
+    """Whether it is a list of something, and of nothing else."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(item, kinds) for item in value)
+
+
+USABLE = {
+    "data": lambda name: isinstance(name, str),
+    "images": lambda digests: isinstance(digests, dict),
+    "recipe": lambda words: is_list(words, str),
+    "rates": lambda rates: is_list(rates, int | float),
+    "seeds": lambda seeds: type(seeds) is int and seeds > 1,
+    "versions": lambda versions: isinstance(versions, dict),
+}
+
+
 def stored_settings(out: str) -> dict | None:
     """Those of the study that the folder holds, if it does.
 
@@ -351,9 +392,8 @@ def stored_settings(out: str) -> dict | None:
         return None
     try:
         settings = json.loads(file.read_text())
-        kinds = {"data": str, "images": str, "recipe": list, "rates": list, "seeds": int, "versions": dict}
-        if not all(isinstance(settings[name], kind) for name, kind in kinds.items()):
-            raise ValueError("other types")
+        if not all(is_usable(settings[name]) for name, is_usable in USABLE.items()):
+            raise ValueError("other values")
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"--out: {file} is damaged: name another folder") from error
     return settings
@@ -369,29 +409,43 @@ def settings_of(args: argparse.Namespace) -> dict:
     if args.data is None:
         if stored is None:
             raise BadInput(f"--out: {args.out} holds no study; give --data to make one")
+        if args.seeds or args.rates or args.options:
+            raise BadInput("--data: without it, results come from the logs alone; leave out all but --out")
         return stored
     parser = imagenet.build_parser()
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name for name, value in vars(parser.parse_args(args.options)).items() if value is not None}
     for name in sorted(given & {*OWN, *imagenet.ONCE}):
         raise BadInput(f"{flag(name)}: it is the study's to set; leave it out")
-    if len({f"{rate:g}" for rate in args.rates}) < len(args.rates) or min(args.rates) == 0:
+    rates = args.rates or RATES
+    if len({f"{rate:g}" for rate in rates}) < len(rates) or min(rates) == 0:
         raise BadInput("--rates: give different rates above 0")
+    folders = {split: ImageFolder(Path(args.data, split), 1) for split in (TRAIN, VAL)}
+    check_same_classes(*folders.values())
     settings = {
         "data": Path(args.data).absolute().name,
-        "images": ImageFolder(Path(args.data, TRAIN), 1).digest(),
+        "images": {split: folder.digest() for split, folder in folders.items()},
         "recipe": [*RECIPE.split(), *args.options],
-        "rates": args.rates,
+        "rates": rates,
         "versions": versions(),
     }
+    has_runs = any(Path(args.out).glob(f"*/*/*/{LOG}"))
     for name, value in settings.items():
-        if stored is not None and stored[name] != value:
-            raise BadInput(f"--out: {args.out} holds a study with {name} {stored[name]}, not {value}: name another")
-    return settings | {"seeds": args.seeds}
+        if stored is not None and stored[name] != value and has_runs:
+            old, new = (shlex.join(words) if name == "recipe" else words for words in (stored[name], value))
+            raise BadInput(f"--out: {args.out} holds a study with {name} {old}, not {new}: name another")
+    settings["seeds"] = args.seeds or SEEDS
+    study = Study(Path(args.out), settings)
+    for network in NETWORKS:  # what can't be trained is refused before anything is
+        options, *_ = imagenet.parse([*study.words(study.rate_runs(network)[0]), "--data", args.data])
+        sizes = options.train_batch, options.test_batch, options.iter_size
+        Order(len(folders[TRAIN]), len(folders[VAL]), *sizes, seed=0)
+    return settings
 
 
 def interrupt(number: int, frame: object) -> None:
-    """A signal handler that ends the study."""
+    """A signal handler that ends the study; once, as the runs need the time to save."""
+    ignore(ENDING)
     raise KeyboardInterrupt(number)
 
 
@@ -401,8 +455,8 @@ def main() -> int:
     add = parser.add_argument
     add("--data", type=path, metavar="DIR", help="folder with train/CLASS/ and val/CLASS/; without it, only the tables")
     add("--out", type=path, required=True, metavar="DIR", help="the study's folder")
-    add("--seeds", type=number(int, 2, RATE_SEED), default=5, metavar="N", help="of each variant [%(default)s]")
-    add("--rates", type=number(float, 0), nargs="+", default=RATES, metavar="X", help=f"to choose from [{RATES}]")
+    add("--seeds", type=number(int, 2, RATE_SEED), metavar="N", help=f"of each variant [{SEEDS}]")
+    add("--rates", type=number(float, 0), nargs="+", metavar="X", help=f"to choose from [{RATES}]")
     add("--jobs", type=number(int, 1), default=1, metavar="N", help="runs at once; they share the cores [%(default)s]")
     add("options", nargs="*", metavar="OPTION", help=f"of imagenet.py, for every run, after -- [{RECIPE}]")
     try:

@@ -1,5 +1,6 @@
 """The study: its statistics against textbooks, its runs through the command, and what is stored in the repository."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,16 @@ def run(monkeypatch, capsys):
         return study.main(), *capsys.readouterr()
 
     return run
+
+
+@contextlib.contextmanager
+def holding(folder: Path, seconds: int) -> Iterator[subprocess.Popen]:
+    """Another process that has the folder's lock."""
+    code = "import pathlib, sys, time, utils.run_folder as r; r.take_lock(pathlib.Path(sys.argv[1]), '')"
+    code += f"; print(flush=True); time.sleep({seconds})"
+    with subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield process
 
 
 @pytest.mark.parametrize(
@@ -77,8 +89,9 @@ def test_a_study(run, images, tmp_path):
     words = ["--data", images, "--out", out, "--seeds", 2, "--rates", 0.001, 1e9, "--jobs", 2, *OPTIONS]
     status, text, errors = run(*words)
     # A rate at which nothing trains is told, is in the table, and isn't chosen.
-    assert status == 1
-    assert "rate 1e+09, seed 1000: imagenet.py: Epoch 1/2" in errors
+    assert (status, errors) == (0, "")
+    assert text.count("rate 1e+09, seed 1000: diverged") == 2
+    assert "Epoch 1/2" in (out / "l_resnet18" / "none" / "lr1e+09-seed1000" / "diverged.txt").read_text()
     assert "rate 4/4" in text
     assert "run 6/6" in text
     assert not list(out.rglob("*.pth.tar"))
@@ -99,7 +112,7 @@ def test_a_study(run, images, tmp_path):
     low, high = map(float, table[3][7].split(" to "))
     assert (high - low) / 2 == pytest.approx(half, abs=0.02)
     assert table[-2][0] == "l_resnet18, none"
-    assert table[-2][2:] == ["no result", "0.001"]
+    assert table[-2][2:] == ["diverged", "0.001"]
     assert all(rows[0]["Learning Rate"] == 0.001 for rows in logs.values())
 
     # Again from the logs alone: the same; and a run that is missing is made, and nothing else.
@@ -109,9 +122,13 @@ def test_a_study(run, images, tmp_path):
     leftover = out / "l_resnet18" / "map" / "lr0.001-seed0" / "model_best.pth.tar"
     leftover.write_text("")
     assert run("--out", out)[1].count("| 1 of 2 |") == 1
-    status, text, errors = run(*words)
+    (out / "l_resnet18" / "map" / "lr0.001-seed1").mkdir()
+    with holding(out / "l_resnet18" / "map" / "lr0.001-seed1", seconds=2):  # as a run that a killed study left
+        status, text, errors = run(*words)
+    assert (status, errors) == (0, "")
     assert "run 6/6  l_resnet18, map, rate 0.001, seed 1: top-1" in text
     assert "run 5/6" not in text
+    assert "rate 4/4" not in text
     assert not leftover.exists()
     assert (out / "results.md").read_text() == first
     assert run("--out", out) == (0, first, "")
@@ -125,23 +142,42 @@ def test_a_study(run, images, tmp_path):
 
     status, _, errors = run(*words, "--epochs", 3)
     assert (status, errors.count("\n")) == (2, 1)
-    assert "holds a study with recipe" in errors
-    other = tmp_path / "other" / images.name
-    shutil.copytree(images, other)
-    (other / "train" / "star" / "0.jpg").rename(other / "train" / "star" / "new.jpg")
-    status, _, errors = run("--data", other, *words[2:])
-    assert status == 2
-    assert "holds a study with images" in errors
+    assert "holds a study with recipe --epochs 5 " in errors
+    for split in ("train", "val"):
+        other = tmp_path / split / images.name
+        shutil.copytree(images, other)
+        (other / split / "star" / "0.jpg").rename(other / split / "star" / "new.jpg")
+        status, _, errors = run("--data", other, *words[2:])
+        assert status == 2
+        assert "holds a study with images" in errors
     # Another study is at work in the folder.
-    code = "import pathlib, sys, time, utils.run_folder as r; r.take_lock(pathlib.Path(sys.argv[1]), '')"
-    code += "; print(flush=True); time.sleep(99)"
-    with subprocess.Popen([sys.executable, "-c", code, out], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
+    with holding(out, seconds=99) as process:
         status, _, errors = run(*words)
         process.kill()
     assert status == 2
     assert f"--out: process {process.pid}" in errors
     assert (out / "results.md").read_text() == first
+    # Of rates that were not all tried, none is the best.
+    shutil.rmtree(out / "resnet18" / "none-no-WS" / "lr1e+09-seed1000")
+    assert "| no run | none |" in run("--out", out)[1]
+
+
+def test_a_failure_among_the_rates_ends_the_study(run, images, tmp_path):
+    data = tmp_path / "images"
+    shutil.copytree(images, data)
+    image = data / "train" / "star" / "0.jpg"
+    contents = image.read_bytes()
+    image.write_bytes(b"")
+    words = ["--data", data, "--out", tmp_path / "study", "--seeds", 2, "--rates", 0.001, *OPTIONS, "--epochs", 1]
+    status, text, errors = run(*words)
+    assert status == 1
+    assert errors.count("can't decode the image") == 2
+    assert "run " not in text.replace("no run", "")
+    image.write_bytes(contents)
+    # Nothing was measured, so the same folder takes other settings.
+    status, text, errors = run(*words, "--epochs", 2)
+    assert (status, errors) == (0, "")
+    assert "run 6/6" in text
 
 
 @pytest.mark.parametrize(
@@ -158,14 +194,18 @@ def test_a_study(run, images, tmp_path):
         (["--out", "new", "--data", "nowhere"], "nowhere/train"),
         (["--out", "damaged"], "--out: damaged/study.json is damaged"),
         (["--out", "damaged", "--seeds", "1"], "--seeds: 1 is out of bounds"),
-        (["--out", "file", "--data", "images"], "file"),
+        (["--out", "empty", "--data", "images"], "--out: empty/study.json is damaged"),
+        (["--out", "new", "--data", "images"], "--train-batch 128 x --iter-size 1: more than the 3 training images"),
+        (["--out", "new", "--data", "images", *OPTIONS, "--pretrained"], "--pretrained: there are no weights for l_"),
+        (["--out", "file", "--data", "images", *OPTIONS], "file"),
         (["--out", "new", "--data", "images", "--", "--no-such"], "unrecognized arguments: --no-such"),
     ],
 )
 def test_refusals(run, tmp_path, monkeypatch, words, reason):
     monkeypatch.chdir(tmp_path)
     draw_folder(Path("images"), {"train": 1, "val": 1})
-    for folder, contents in (("damaged", "{"), ("listed", "[]"), ("mine", "")):
+    wrong = json.loads((STORED / "study.json").read_text()) | {"recipe": [1]}
+    for folder, contents in (("damaged", "{"), ("listed", "[]"), ("mine", ""), ("empty", json.dumps(wrong))):
         Path(folder).mkdir()
         Path(folder, "study.json" if contents else "results.md").write_text(contents)
     Path("file").write_text("")

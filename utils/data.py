@@ -184,6 +184,9 @@ class Order:
         train_batch, test_batch: images of a batch.
         iter_size: micro-batches of an optimizer step; images that make no whole step wait for another epoch's shuffle.
         seed: with the epoch it decides the shuffle.
+
+    Raises:
+        BadInput: an epoch would have no step.
     """
 
     train: int
@@ -192,6 +195,13 @@ class Order:
     test_batch: int
     iter_size: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.train > 0 and self.steps == 0:
+            raise BadInput(
+                f"--train-batch {self.train_batch} x --iter-size {self.iter_size}: more than the {self.train} training "
+                "images; lower one"
+            )
 
     @property
     def group(self) -> int:
