@@ -176,6 +176,11 @@ def check_resumable(args: argparse.Namespace, saved: dict, file: Path) -> None:
 
 def check_options(args: argparse.Namespace, resumed: bool) -> None:
     """Refuse options that don't go together."""
+    outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
+    if len(outputs) > 1:
+        raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
+    if outputs and not resumed and not args.evaluate:
+        raise BadInput(f"{flag(outputs[0])}: it needs --resume RUN")
     if args.data is None:
         raise BadInput("--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
     if args.arch not in models.ARCHITECTURES:
@@ -189,11 +194,6 @@ def check_options(args: argparse.Namespace, resumed: bool) -> None:
         raise BadInput("--evaluate: there are no weights; give --resume FILE or --pretrained")
     if args.evaluate and args.excitation is not None and not resumed:
         raise BadInput("--excitation: it would only destroy the pretrained weights; leave it out, or train with it")
-    outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
-    if len(outputs) > 1:
-        raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
-    if outputs and not resumed and not args.evaluate:
-        raise BadInput(f"{flag(outputs[0])}: it needs --resume RUN")
     if args.start_epoch >= args.epochs:
         raise BadInput(f"--start-epoch {args.start_epoch}: nothing is left of --epochs {args.epochs}")
     try:
@@ -225,6 +225,14 @@ def create_model(args: argparse.Namespace, num_classes: int, pretrained: bool) -
         raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
 
 
+def describe_network(args: argparse.Namespace) -> str:
+    """The architecture and what excites it, in a few words."""
+    if args.excitation is None:
+        return args.arch
+    formulation = "" if args.excitation == "none" else f" ({args.formulation})"
+    return f"{args.arch}, excitation {args.excitation}{formulation}{'' if args.standardize else ', not standardized'}"
+
+
 def restored(args: argparse.Namespace, saved: dict, file: Path) -> nn.Module:
     """The network of a checkpoint, on the CPU."""
     model = create_model(args, len(saved["classes"]), pretrained=False)
@@ -250,7 +258,7 @@ def build_model(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {describe_excitation(model)}")
     if args.excitation in ("we", "mwe") and args.formulation == "channel" and models.has_batch_norm(model):
-        print("BatchNorm divides out what a gate on whole output channels multiplies: --formulation paper suits it")
+        print("BatchNorm cancels the scaling of the channel gate: use --formulation paper with it")
     print(f"Devices: {distributed.describe(devices)}; {args.workers} workers; amp {args.amp}")
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
@@ -427,7 +435,7 @@ class Training:
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.autocast = mixed_precision(args.amp, devices)
-        self.logger = Logger(f"{args.arch}, excitation {args.excitation} ({args.formulation})")
+        self.logger = Logger(describe_network(args))
         self.epoch, self.step = args.start_epoch, 0
         self.acc = self.best_acc = -1.0
         self.scores = Scores()
@@ -611,8 +619,7 @@ def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
     # Of a copy, as the layers have their arrays in common with the model.
     history = gates_by_epoch(copy.deepcopy(model), saved, file) if has_gates else {}
     place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
-    title = f"{args.arch}, excitation {args.excitation} ({args.formulation}), {place}"
-    for name, picture in pictures.draw(layers, history, title).items():
+    for name, picture in pictures.draw(layers, history, f"{describe_network(args)}, {place}").items():
         write_output("--visualize", targets[name], picture)
         print(targets[name])
     if not has_gates:

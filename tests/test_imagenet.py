@@ -164,10 +164,10 @@ def test_torchvision_with_excitation_and_batch_norm(command, images, tmp_path):
     words = [*SMALL, "-d", images, "--epochs", 1, "--excitation", "we"]
     channel = command(*words, "-c", tmp_path / "channel")
     assert channel.status == 0
-    assert channel.out.count("BatchNorm divides out") == 1
+    assert channel.out.count("BatchNorm cancels") == 1
     paper = command(*words, "--formulation", "paper", "-c", tmp_path / "paper")
     assert paper.status == 0
-    assert "BatchNorm divides out" not in paper.out
+    assert "BatchNorm cancels" not in paper.out
     assert "LWE (location gate)" in paper.out
 
 

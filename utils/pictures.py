@@ -81,24 +81,22 @@ def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
     )
     above.axhline(0.5, color="0.6", linestyle=":", zorder=0)
     above.set(ylabel="gate", title="gates: median, quartiles, 5th and 95th percentile")
+    # Hollow squares first: where gates are constants, the dots lie in them.
+    hollow = {"marker": "s", "markerfacecolor": "none", "linestyle": ":"}
     spreads = {
-        "gates": ([layer.gates.std() for layer in layers], {"color": "black", "marker": "o"}),
-        "gate minus constant: from the weights": (
+        "constant: at a neutral input": ("tab:blue", hollow, [layer.constants.std() for layer in layers]),
+        "gates": ("black", {"marker": "."}, [layer.gates.std() for layer in layers]),
+        "deviation: from the weights": (
+            "tab:orange",
+            {"marker": "^", "linestyle": "--"},
             [(layer.gates - layer.constants).std() for layer in layers],
-            {"color": "tab:orange", "marker": "^", "linestyle": "--"},
-        ),
-        "constant: if the weights told nothing": (
-            [layer.constants.std() for layer in layers],
-            {"color": "tab:blue", "marker": "s", "linestyle": ":"},
         ),
     }
-    for label, (values, style) in spreads.items():
-        below.plot(places, values, label=label, **style | marks(len(layers)))
-    below.set(
-        ylabel="standard deviation", title="spread of a layer's gates, and of the two parts that they are the sum of"
-    )
-    below.set_ylim(0, 1.4 * below.get_ylim()[1])  # room for the legend
-    below.legend()
+    for label, (color, style, values) in spreads.items():
+        below.plot(places, values, label=label, color=color, **marks(len(layers)) | style)
+    below.set(ylabel="standard deviation", title="spread of a layer's gates, and of their two parts")
+    below.set_ylim(0, 1.25 * below.get_ylim()[1])  # room for the legend
+    below.legend(ncols=3, loc="upper center")
     below.grid(alpha=0.25)
     name_depth(below, [layer.name for layer in layers])
     return figure
@@ -114,8 +112,7 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
     for place in axes[0][len(chosen) :]:
         place.remove()
     for place, layer in zip(axes[0], chosen, strict=False):
-        step = max(1, layer.raw.size // SAMPLE)
-        raw, excited = layer.raw.ravel()[::step], layer.excited.ravel()[::step]
+        raw, excited = (sample(weight, SAMPLE) for weight in (layer.raw, layer.excited))
         place.plot(raw, excited, ".", color="black", markersize=2, alpha=0.25, rasterized=True)
         place.set(title=short(layer.name), xlabel="raw weight", ylabel="excited weight")
         place.xaxis.get_major_locator().set_params(nbins=4)
@@ -143,12 +140,14 @@ def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chos
     entries = [axes.get_legend_handles_labels() for axes in (gain, shares)]
     gain.legend(*map(itertools.chain.from_iterable, zip(*entries, strict=True)), loc="upper center", fontsize="small")
     gains = [np.percentile(1 / (1 - layer.relative**2), (50, 99, 99.9)) for layer in layers]
-    for values, label, marker in zip(zip(*gains, strict=True), ("median", "99 %", "99.9 %"), "os^", strict=True):
+    for values, label, marker in zip(zip(*gains, strict=True), ("50th", "99th", "99.9th"), "os^", strict=True):
         depth.plot(
             range(1, len(layers) + 1), values, label=label, marker=marker, markersize=4, color="0.2", linewidth=1
         )
     depth.set(title="gain of each layer's weights", ylabel="gain", xlabel="layer, from the input")
-    depth.legend()
+    low, high = depth.get_ylim()
+    depth.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+    depth.legend(title="percentile", ncols=3, loc="upper center", fontsize="small", columnspacing=1)
     for axes in (curve, depth):
         axes.grid(alpha=0.25)
 
@@ -180,7 +179,8 @@ def draw_history(gates: dict[int, Sequence[np.ndarray]], title: str) -> Figure:
 
 def draw_filters(raw: np.ndarray, excited: np.ndarray, title: str) -> Figure:
     """The first layer's filters, (O, 3, kh, kw), before and after excitation."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    rows, columns = tile(raw).shape[:2]
+    figure = Figure(figsize=(9, 1.2 + 4.2 * rows / columns), layout="constrained")
     figure.suptitle(title)
     for axes, weight, name in zip(figure.subplots(1, 2), (raw, excited), ("raw", "excited"), strict=True):
         end = max(float(np.percentile(np.abs(weight), 99.5)), np.finfo(np.float32).tiny)
@@ -201,14 +201,19 @@ def tile(filters: np.ndarray) -> np.ndarray:
     return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=1.0)
 
 
-def sample(gates: np.ndarray) -> np.ndarray:
-    """Some thousand of a layer's gates, always the same ones."""
-    return gates.ravel()[:: max(1, gates.size // GATE_SAMPLE)]
+def sample(values: np.ndarray, count: int = GATE_SAMPLE) -> np.ndarray:
+    """So many values of a layer at most, of random places that are always the same.
+
+    Equal distances would not do: they may divide the channels, and then all lie in a few of them.
+    """
+    if values.size <= count:
+        return values.ravel()
+    return values.ravel()[np.random.default_rng(0).choice(values.size, count, replace=False)]
 
 
 def short(name: str) -> str:
-    """The end of a layer's name, which a narrow place has room for."""
-    return ".".join(name.split(".")[-3:])
+    """A layer's name, or the end of a long one, for a narrow place."""
+    return name if len(name) <= 24 else ".".join(name.split(".")[-3:])
 
 
 def marks(layers: int) -> dict:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.pictures import draw_filters, draw_gates, draw_history, draw_weights, sample, tile
+from utils.pictures import GATE_SAMPLE, draw_filters, draw_gates, draw_history, draw_weights, sample, tile
 
 
 def layer(name: str, gate: bool = True, mapped: bool = True) -> SimpleNamespace:
@@ -41,9 +41,9 @@ def test_gates():
     assert [label.get_text() for label in below.get_xticklabels()] == ["a", "b"]
     curves = {line.get_label(): line.get_ydata() for line in below.get_lines()}
     spread = np.arange(8).std() / 100
-    assert curves["constant: if the weights told nothing"] == pytest.approx([spread, spread])
+    assert curves["constant: at a neutral input"] == pytest.approx([spread, spread])
     expected = (layers[0].gates - layers[0].constants).std()
-    assert curves["gate minus constant: from the weights"][0] == pytest.approx(expected)
+    assert curves["deviation: from the weights"][0] == pytest.approx(expected)
     many = draw_gates([layer(str(index)) for index in range(60)], "title")
     assert [label.get_text() for label in many.axes[1].get_xticklabels()] == ["10", "20", "30", "40", "50", "60"]
 
@@ -54,19 +54,19 @@ def test_weights(mapped):
     figure = draw_weights(layers, "title")
     expected = {"title", "first", "second", "last", "raw weight", "excited weight"}
     if mapped:
-        expected |= {"the map", "gain, df/dw", "w / MA", "weights (%)", "median"}
+        expected |= {"the map", "gain, df/dw", "w / MA", "weights (%)", "50th"}
         curve = {line.get_label(): line for line in figure.axes[3].get_lines()}["f(w) / MA"]
         assert max(curve.get_ydata()) == pytest.approx(np.arctanh(1 / 1.1))
         gains = {line.get_label(): line.get_ydata() for line in figure.axes[5].get_lines()}
         expected_gain = np.percentile(1 / (1 - layers[0].relative ** 2), 99.9)
-        assert gains["99.9 %"] == pytest.approx([expected_gain] * 3)
-        assert np.all(gains["median"] < gains["99 %"])
+        assert gains["99.9th"] == pytest.approx([expected_gain] * 3)
+        assert np.all(gains["50th"] < gains["99th"])
     assert expected <= texts(figure)
     assert len(figure.axes) == (7 if mapped else 3)
 
 
 def test_a_single_layer():
-    figure = draw_weights([layer("features.block.conv.0")], "title")
+    figure = draw_weights([layer("a_network.features.block.conv.0")], "title")
     assert {"block.conv.0", "the map"} <= texts(figure)
     assert len(figure.axes) == 5
 
@@ -93,7 +93,12 @@ def test_filters():
     assert Image.open(file).size[0] > 800
 
 
-def test_a_sample_is_the_same_gates_each_time():
-    gates = np.arange(100_000.0).reshape(1000, 100)
-    assert np.array_equal(sample(gates), np.arange(0, 100_000, 24.0))
+def test_a_sample_stands_for_all():
+    gates = np.tile(np.arange(512.0), (512, 1))  # a constant for each channel
+    assert np.array_equal(sample(gates), sample(gates))
+    assert len(sample(gates)) == GATE_SAMPLE
+    assert sample(gates).mean() == pytest.approx(gates.mean(), abs=10)  # 4.4 standard errors
+    assert len(np.unique(sample(gates))) > 500
+    pairs = sample(np.arange(10**6), 100), sample(np.arange(10**6) * 2, 100)
+    assert np.array_equal(2 * pairs[0], pairs[1])
     assert np.array_equal(sample(gates[:1]), gates[0])
