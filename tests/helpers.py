@@ -51,8 +51,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     for index, state in a["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
     assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
-    for key in ("epoch", "acc"):
-        assert checkpoint(one, "model_best.pth.tar")[key] == checkpoint(other, "model_best.pth.tar")[key]
+    a, b = (checkpoint(run, "model_best.pth.tar") for run in (one, other))
+    assert all(a[key] == b[key] for key in ("epoch", "acc"))
+    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
 
 

@@ -21,6 +21,7 @@ from utils import run_folder
 from utils.logger import read_log
 
 RANDOM = random.Random(0)
+EXCITED = [*SMALL, "--excitation", "we", "--formulation", "paper"]
 CHECKPOINT, PREVIOUS, BEST = "checkpoint.pth.tar", "checkpoint.prev.pth.tar", "model_best.pth.tar"
 
 
@@ -36,9 +37,11 @@ def test_resumed_equals_uninterrupted_across_a_milestone(command, images, tmp_pa
     assert [row["Learning Rate"] for row in read_log(tmp_path / "parts" / "log.txt")] == [0.002, 2e-4, 2e-4, 2e-5]
 
 
-@pytest.mark.parametrize("steps", [1, 5, 7])
-def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(command, images, tmp_path, stop_after, steps):
-    words = [*SMALL, "-d", images, "--schedule", 1, "--drop", 0.2, "--epochs", 2, "--iter-size", 1]
+@pytest.mark.parametrize(("steps", "formulation"), [(1, "channel"), (5, "paper"), (7, "channel")])
+def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(
+    command, images, tmp_path, stop_after, steps, formulation
+):
+    words = [*EXCITED, "-d", images, "--schedule", 1, "--drop", 0.2, "--epochs", 2, "--formulation", formulation]
     assert command(*words, "-c", tmp_path / "whole").status == 0
     stop_after(steps)
     stopped = command(*words, "-c", tmp_path / "parts")
@@ -196,7 +199,7 @@ def kill_until_finished(run: Path, words: list, number: signal.Signals, kills: i
         process = start_leg(run, words)
         if done < kills:
             for line in process.stdout:  # until data and network are there, nothing can be lost
-                if line.startswith("Each optimizer step"):
+                if line.startswith("Devices:"):
                     break
             time.sleep(RANDOM.uniform(0, seconds))
             os.killpg(process.pid, number)
@@ -210,7 +213,7 @@ def kill_until_finished(run: Path, words: list, number: signal.Signals, kills: i
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_resumed_equals_uninterrupted(command, images, tmp_path, number):
-    words = [*SMALL, "-d", images, "--epochs", 3, "--schedule", 1, "--drop", 0.2, "--save-freq", 1]
+    words = [*EXCITED, "-d", images, "--epochs", 3, "--schedule", 1, "--drop", 0.2, "--save-freq", 1]
     assert command(*words, "-c", tmp_path / "whole").status == 0
     kill_until_finished(tmp_path / "parts", words, number, kills=3, seconds=1.5)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -219,7 +222,7 @@ def test_killed_and_resumed_equals_uninterrupted(command, images, tmp_path, numb
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_fifty_kills(command, images, tmp_path, number):
-    words = [*SMALL, "-d", images, "--epochs", 12, "--schedule", 4, 8, "--drop", 0.2, "--save-freq", 1]
+    words = [*EXCITED, "-d", images, "--epochs", 12, "--schedule", 4, 8, "--drop", 0.2, "--save-freq", 1]
     assert command(*words, "-c", tmp_path / "whole").status == 0
     kills, run = 0, 0
     while kills < 50:

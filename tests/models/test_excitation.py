@@ -40,6 +40,11 @@ def reference(weight: np.ndarray, conv: Conv2d) -> np.ndarray:
     return weight
 
 
+def excitation_parameters(conv: Conv2d) -> list[torch.Tensor]:
+    """The raw weight and the gate's parameters."""
+    return [conv.weight, *(conv.gate.parameters() if conv.gate is not None else ())]
+
+
 @pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
@@ -62,37 +67,40 @@ def test_float32_is_close_to_float64(in_channels, out_channels, kernel, groups, 
     conv = Conv2d(in_channels, out_channels, kernel, groups=groups, excitation=excitation, formulation=formulation)
     upstream = torch.randn(conv.weight.shape, dtype=torch.float64)
 
-    def value_and_gradient(dtype):
+    def value_and_gradients(dtype):
         conv.to(dtype).zero_grad()
         weight = conv.excited_weight()
         weight.backward(upstream.to(dtype))
-        return weight.detach().double(), conv.weight.grad.double()
+        return [weight.detach().double(), *(parameter.grad.double() for parameter in excitation_parameters(conv))]
 
-    single = value_and_gradient(torch.float32)
-    double = value_and_gradient(torch.float64)
-    for ours, exact, bound in zip(single, double, (1e-5, 1e-3), strict=True):
-        assert (ours - exact).abs().max() / exact.abs().max() < bound
+    single, double = value_and_gradients(torch.float32), value_and_gradients(torch.float64)
+    for index, (ours, exact) in enumerate(zip(single, double, strict=True)):
+        assert (ours - exact).abs().max() <= (1e-5 if index == 0 else 1e-3) * exact.abs().max()
 
 
 @pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES[:4])
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, groups, formulation):
+@pytest.mark.parametrize("excitation", EXCITATIONS)
+@pytest.mark.parametrize("std", [True, False])
+def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, groups, formulation, excitation, std):
     torch.manual_seed(2)
-    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, formulation=formulation).double()
+    halves = {"excitation": excitation, "formulation": formulation, "standardize": std}
+    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, **halves).double()
 
     def gated(weight, *_):
-        standard = standardize(weight)
-        return standard * conv.gate(conv.gate.statistic(weight, standard))
+        standard = standardize(weight) if std else weight
+        return standard if conv.gate is None else standard * conv.gate(conv.gate.statistic(weight, standard))
 
     maximum = gated(conv.weight).detach().abs().max()
 
     def excited(*parameters):
-        return activation_map(gated(*parameters), maximum)
+        weight = gated(*parameters)
+        return activation_map(weight, maximum) if conv.mapped else weight
 
-    assert gradcheck(excited, (conv.weight, *conv.gate.parameters()))
+    parameters = excitation_parameters(conv)
+    assert gradcheck(excited, parameters)
     # The layer's own gradient is that one: the maximum is a constant to it.
     upstream = torch.randn_like(conv.weight)
-    parameters = list(conv.parameters())[0:1] + list(conv.gate.parameters())
     fixed = torch.autograd.grad(excited(conv.weight), parameters, upstream)
     layer = torch.autograd.grad(conv.excited_weight(), parameters, upstream)
     for ours, expected in zip(layer, fixed, strict=True):
@@ -185,7 +193,7 @@ def test_fused_is_plain(in_channels, out_channels, kernel, groups, formulation, 
     conv.to(torch.float64, memory_format=memory_format)
     upstream = torch.randn_like(conv.weight)
     kept = upstream.clone()
-    parameters = [conv.weight, *(conv.gate.parameters() if conv.gate is not None else ())]
+    parameters = excitation_parameters(conv)
     results = []
     for module in (plain, fused):
         weight = module.excite_weight(conv.weight, conv.gate, conv.standardize, conv.mapped)
