@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import copy
 import difflib
 import io
 import math
@@ -32,7 +31,7 @@ from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excite
 from utils import checkpoint as checkpoints
 from utils import distributed, pictures
 from utils.accuracy import Scores, batch_sums
-from utils.arguments import Parser, as_words, command, flag, number, path
+from utils.arguments import Parser, as_words, flag, number, path
 from utils.data import TRAIN, VAL, Batch, ImageFolder, Order, check_same_classes, end_workers, load, normalize, whole
 from utils.demo import draw_demo
 from utils.endings import explain
@@ -133,10 +132,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
     The command's options override the resumed run's, those the demo's, and those the defaults.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.demo:
+    if "--demo" in argv:
         parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     saved = file = None
     if args.resume is not None:
         file, saved = checkpoints.find(args.resume)
@@ -285,7 +283,7 @@ def open_data(args: argparse.Namespace, saved: dict | None, file: Path | None) -
     return folders
 
 
-def choose_order(args: argparse.Namespace, folders: dict[str, ImageFolder]) -> Order:
+def make_order(args: argparse.Namespace, folders: dict[str, ImageFolder]) -> Order:
     """The batches of the command; says what an optimizer step is, and whether the learning rate suits it."""
     train = len(folders[TRAIN]) if TRAIN in folders else 0
     order = Order(train, len(folders[VAL]), args.train_batch, args.test_batch, args.iter_size, args.seed)
@@ -310,11 +308,6 @@ def learning_rate(initial: float, gamma: float, schedule: list[int], epoch: int)
     return initial * gamma ** sum(epoch >= milestone for milestone in schedule)
 
 
-def mixed_precision(amp: str, devices: list[torch.device]) -> torch.autocast:
-    """The types of --amp for a forward pass."""
-    return torch.autocast(devices[0].type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
-
-
 class NotFinite(ArithmeticError):
     """A loss or gradient is not finite; ``micro_batches`` of the step may have the reason in their images."""
 
@@ -329,7 +322,7 @@ def train_step(
     iter_size: int,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    autocast: torch.autocast,
+    amp: str,
     compiled: bool,
 ) -> list[float]:
     """One optimizer step; returns what it adds to the scores.
@@ -343,7 +336,7 @@ def train_step(
         for index, (images, targets, bad, _) in enumerate(micro_batches, 1):
             # Reduced once: in the last backward pass and, for what is excited, in that of the excitation.
             with distributed.gather_only(network) if index < iter_size else contextlib.nullcontext():
-                loss, batch = forward(network, images, targets, like, autocast)
+                loss, batch = forward(network, images, targets, like, amp)
                 scaler.scale(loss / iter_size).backward()
             bad_images += bad
             sums += batch
@@ -374,7 +367,7 @@ def evaluate(
     model: nn.Module,
     devices: list[torch.device],
     batches: Iterator[Batch],
-    autocast: torch.autocast,
+    amp: str,
     compiled: bool,
     progress: Progress,
     interrupted: Callable[[], bool] = lambda: False,
@@ -390,10 +383,9 @@ def evaluate(
     for images, targets, bad, _ in progress.track(islice(batches, progress.batches)):
         bad_images += bad
         if len(images) > 0:
-            _, batch = forward(network, images, targets, like, autocast)
+            _, batch = forward(network, images, targets, like, amp)
             sums += batch
-        ended = interrupted()
-        if ended:
+        if ended := interrupted():
             break
     scores = Scores([*distributed.total(torch.cat([sums, sums.new_tensor([bad_images])])).tolist(), 0.0])
     if scores.images == 0 and not ended:
@@ -402,11 +394,16 @@ def evaluate(
 
 
 def forward(
-    network: nn.Module, images: torch.Tensor, targets: torch.Tensor, like: torch.Tensor, autocast: torch.autocast
+    network: nn.Module, images: torch.Tensor, targets: torch.Tensor, like: torch.Tensor, amp: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss of a batch of uint8 images, in nats, and what the batch adds to the scores."""
+    """The mean loss of a batch of uint8 images, in nats, and what the batch adds to the scores.
+
+    Args:
+        like: has the device and the type of the weights.
+        amp: as --amp.
+    """
     targets = targets.to(like.device, non_blocking=True)
-    with autocast:
+    with torch.autocast(like.device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off"):
         logits = network(normalize(images, like))
         loss = F.cross_entropy(logits, targets)
     return loss, batch_sums(logits, targets, loss)
@@ -434,7 +431,6 @@ class Training:
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
-        self.autocast = mixed_precision(args.amp, devices)
         self.logger = Logger(describe_network(args))
         self.epoch, self.step = args.start_epoch, 0
         self.acc = self.best_acc = -1.0
@@ -505,11 +501,11 @@ class Training:
             label = f"Epoch {self.epoch + 1}/{args.epochs}"
             lr = learning_rate(args.lr, args.gamma, args.schedule, self.epoch)
             for group in self.optimizer.param_groups:
-                group.update(lr=lr, momentum=args.momentum, weight_decay=args.weight_decay)
-            ended = self.train(label, batches)
-            if not ended:
+                group["lr"] = lr
+            self.train(label, batches)
+            if not self.ending:
                 bar = Progress("Validate", self.order.val_batches, args.test_batch)
-                valid = evaluate(self.model, self.devices, batches, self.autocast, args.compile, bar, self.interrupted)
+                valid = evaluate(self.model, self.devices, batches, args.amp, args.compile, bar, self.interrupted)
             if self.ending:
                 return self.end_by_signal()
             if not math.isfinite(valid.loss):
@@ -522,21 +518,20 @@ class Training:
         distributed.leave()
         return self.end()
 
-    def train(self, label: str, batches: Iterator[Batch]) -> bool:
-        """Train to the end of the epoch or to a signal; whether it was a signal."""
+    def train(self, label: str, batches: Iterator[Batch]) -> None:
+        """Train to the end of the epoch or to a signal."""
         args, steps = self.args, self.order.steps
         progress = Progress(label, steps * args.iter_size, args.train_batch, self.step * args.iter_size)
         images = args.train_batch // distributed.PROCESSES
         micro_batches = progress.track(whole(islice(batches, progress.batches - progress.done), images))
         self.network.train()
-        ended = False
-        while self.step < steps and not ended:
+        while self.step < steps and not self.ending:
             group = islice(micro_batches, args.iter_size)
             if distributed.RANK > 0:  # another dropout than the first process's, and after a resume the same again
                 torch.manual_seed(hash((args.seed, self.epoch, self.step, distributed.RANK)))
             try:
                 sums = train_step(
-                    self.network, group, args.iter_size, self.optimizer, self.scaler, self.autocast, args.compile
+                    self.network, group, args.iter_size, self.optimizer, self.scaler, args.amp, args.compile
                 )
             except NotFinite as error:
                 blamed = self.blame(error.micro_batches) if distributed.RANK == 0 else ""
@@ -546,9 +541,9 @@ class Training:
             progress.scores = str(self.scores)
             if args.save_freq and self.step % args.save_freq == 0:
                 self.save()
-            ended = self.interrupted()
-        next(micro_batches, None)  # there is none; the last one is now counted as done
-        return ended
+            self.interrupted()
+        if not self.ending:
+            next(micro_batches, None)  # there is none; the last one is now counted as done
 
     def blame(self, micro_batches: slice) -> str:
         """What to say of the micro-batches of the step that ended the run."""
@@ -575,7 +570,7 @@ class Training:
         print(f"Best top-1 {self.best_acc:.2f} %{best}; curves: {folder / CURVES}")
         if self.args.demo:
             print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
-            print(f"  {command(['-a', 'l_resnet50', '--data', 'DIR'])}")
+            print(f"  {distributed.command(['-a', 'l_resnet50', '--data', 'DIR'])}")
         return 0
 
     def end_by_signal(self) -> int:
@@ -586,7 +581,7 @@ class Training:
         if self.run_folder.failure:
             raise RunFailed(f"stopped by {name}, and {self.run_folder.failure}; the last checkpoint stands")
         print(f"Stopped by {name} in epoch {self.epoch + 1} after {self.step} of {self.order.steps} steps; go on with")
-        print(f"  {command([f'--resume={self.args.checkpoint}'])}")
+        print(f"  {distributed.command([f'--resume={self.args.checkpoint}'])}")
         return 128 + self.ending
 
 
@@ -596,12 +591,13 @@ def export(args: argparse.Namespace, saved: dict, file: Path) -> int:
     contents = io.BytesIO()
     torch.save(fold(restored(args, saved, file)).state_dict(), contents)
     write_output("--export", args.export, contents.getbuffer())
-    sizes = len(saved["classes"]), args.cardinality, args.base_width, args.image_size
+    classes = len(saved["classes"])
+    twin = models.plain_twin(args.arch, classes, args.cardinality, args.base_width, args.image_size)
     print(f"{args.export}: the plain weights of {file}, which load without this project:")
     print("  import torch, torchvision")
-    print(f"  model = {models.plain_twin(args.arch, *sizes)}")
+    print(f"  model = {twin}")
     if args.arch == "l_resnet50":
-        print(f"  # or: model = timm.create_model('resnet50_gn', num_classes={sizes[0]})")
+        print(f"  # or: model = timm.create_model('resnet50_gn', num_classes={classes})")
     print(f"  model.load_state_dict(torch.load({args.export!r}, weights_only=True))")
     return 0
 
@@ -611,13 +607,11 @@ def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
     targets = {name: os.path.join(args.visualize, name) for name in pictures.NAMES}
     for target in targets.values():
         refuse_existing("--visualize", target, args.overwrite)
-    model = restored(args, saved, file)
-    layers = list(inspect_layers(model))
+    layers = list(inspect_layers(restored(args, saved, file)))
     if not layers:
         raise BadInput(f"--visualize: {file} is of a network whose weights are plain; there is nothing to see")
     has_gates = any(layer.gates is not None for layer in layers)
-    # Of a copy, as the layers have their arrays in common with the model.
-    history = gates_by_epoch(copy.deepcopy(model), saved, file) if has_gates else {}
+    history = gates_by_epoch(args, saved, file) if has_gates else {}
     place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
     for name, picture in pictures.draw(layers, history, f"{describe_network(args)}, {place}").items():
         write_output("--visualize", targets[name], picture)
@@ -629,16 +623,15 @@ def visualize(args: argparse.Namespace, saved: dict, file: Path) -> int:
     return 0
 
 
-def gates_by_epoch(model: nn.Module, saved: dict, file: Path) -> dict[int, list[np.ndarray]]:
+def gates_by_epoch(args: argparse.Namespace, saved: dict, file: Path) -> dict[int, list[np.ndarray]]:
     """The gates, or always the same ones of very many, after each epoch of the run that has a checkpoint beside it."""
     gates = {}
     for other in sorted({file, *file.parent.glob("*.pth.tar")}):
         with contextlib.suppress(BadInput):  # one that is damaged, or of another network
             past = checkpoints.load(other)
-            checkpoints.load_weights(model, past["state_dict"], other)
             is_before = "log" in past and past["log"] == saved["log"][: len(past["log"])]  # and of the same run
             if is_before and past["step"] == 0 and past["epoch"] not in gates:
-                layers = inspect_layers(model)
+                layers = inspect_layers(restored(args, past, other))
                 gates[past["epoch"]] = [pictures.sample(layer.gates) for layer in layers if layer.gates is not None]
                 print(f"After epoch {past['epoch']}: {other}")
     return dict(sorted(gates.items()))
@@ -661,13 +654,13 @@ def run(argv: list[str]) -> int:
     folders = open_data(args, saved, file)
     if not distributed.agree(common_start(args, folders, saved)):
         raise BadInput("torchrun: the processes have different options, images in --data or checkpoints in --resume")
-    order = choose_order(args, folders)
+    order = make_order(args, folders)
     model = build_model(args, len(folders[VAL].classes), devices, saved, file)
     if args.evaluate:
         batches = load(folders, map(distributed.share, order.validation()), *loading(args, devices))
         progress = Progress("Validate", order.val_batches, args.test_batch)
-        scores = evaluate(model, devices, batches, mixed_precision(args.amp, devices), args.compile, progress)
-        print(f"{file or args.arch}: {scores} over {scores.images} images{scores.left_out()}")
+        scores = evaluate(model, devices, batches, args.amp, args.compile, progress)
+        print(f"{file or args.arch}: {scores}{scores.left_out() or f' over {scores.images:,} images'}")
         distributed.leave()
         return 0
     training = Training(args, model, devices, folders, order, run_folder)
@@ -677,7 +670,7 @@ def run(argv: list[str]) -> int:
         return training.run()
     with run_folder:
         resolved = as_words(training.options | {"checkpoint": args.checkpoint, "resume": args.resume})
-        run_folder.note(f"# as typed\n{command(argv)}\n# every option\n{command(resolved)}\n")
+        run_folder.note(f"# as typed\n{distributed.command(argv)}\n# every option\n{distributed.command(resolved)}\n")
         return training.run()
 
 

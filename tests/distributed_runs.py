@@ -48,11 +48,11 @@ def count_bytes(iter_size: int) -> int:
 
     network.register_comm_hook(None, hook)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
-    off = torch.autocast("cpu", enabled=False), torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(2):
         reduced.clear()
         batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), 0, [])
-        imagenet.train_step(network, [batch] * iter_size, iter_size, optimizer, off[1], off[0], False)
+        imagenet.train_step(network, [batch] * iter_size, iter_size, optimizer, scaler, "off", False)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if dist.get_rank() == 0:
         print(sum(reduced), size)

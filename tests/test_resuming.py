@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import imagenet
 from tests.helpers import SMALL, TINY, assert_same_run, checkpoint, start
 from utils import checkpoint as checkpoints
 from utils import run_folder
+from utils.data import ImageFolder, Order
 from utils.logger import read_log
 
 RANDOM = random.Random(0)
@@ -50,6 +52,17 @@ def test_stopped_in_an_epoch_and_resumed_equals_uninterrupted(
     assert checkpoint(tmp_path / "parts")["step"] > 0
     assert command("--resume", tmp_path / "parts").status == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_saves_before_the_next_batch_is_loaded(command, images, tmp_path, stop_after):
+    folder = ImageFolder(shutil.copytree(images, tmp_path / "images") / "train", 32)
+    for batch in islice(Order(len(folder), 7, 4, 3, 1, seed=0).training(0), 1, None):
+        for *_, index in batch:
+            Path(folder.path(index)).write_bytes(b"")
+    stop_after(1)
+    words = [*SMALL, "-d", tmp_path / "images", "-c", tmp_path / "run", "--epochs", 1]
+    assert command(*words).status == 128 + signal.SIGTERM
+    assert checkpoint(tmp_path / "run")["step"] == 1
 
 
 def test_a_signal_to_the_process_group(command, images, tmp_path):
@@ -445,7 +458,7 @@ def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, m
     assert ("norm" in result.err) is (kind == "gradient")
     assert result.err.count("\n") == 1
     names = (tmp_path / "parts" / "not_finite.txt").read_text().splitlines()
-    order = imagenet.Order(13, 7, 1, 1, 1, seed=0).training(0)
+    order = Order(13, 7, 1, 1, 1, seed=0).training(0)
     indices = [index for ((_, _, index),) in order][first : first + count]
     paths = sorted((images / "train").glob("*/*.jpg"))
     assert names == [str(paths[index]) for index in indices]

@@ -154,6 +154,7 @@ def test_a_signal_to_all(command, images, tmp_path, number):
     out, err = process.communicate(timeout=60)
     assert process.returncode not in (0, None)
     assert f"Stopped by {number.name}" in out
+    assert re.search(r"\n  torchrun --nproc-per-node 2 \S+ --resume=\S+\n", out)
     assert ours(err) == []
     wait_for(lambda: not left(tmp_path), 20)
     epoch = checkpoint(tmp_path)["epoch"]

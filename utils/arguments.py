@@ -2,10 +2,7 @@
 
 import argparse
 import math
-import shlex
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from utils.errors import BadInput
 
@@ -58,10 +55,3 @@ def as_words(options: dict) -> list[str]:
         elif value is not None:
             words.append(f"{flag(name)}={value}")
     return words
-
-
-def command(words: list[str]) -> str:
-    """A command of imagenet.py's to paste, by this interpreter where it lies below the current folder."""
-    python = Path(sys.executable)
-    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-    return shlex.join([str(python), "imagenet.py", *words])

@@ -92,11 +92,11 @@ def find(path: str) -> tuple[Path, dict]:
     if not os.path.isdir(path):
         return Path(path), load(Path(path))
     last, previous = Path(path, LAST), Path(path, PREVIOUS)
-    if not os.path.exists(previous):
-        return last, load(last)
     try:
         return last, load(last)
     except NotWhole as error:
+        if not os.path.exists(previous):
+            raise
         saved = load(previous)
         print(f"{str(error).removeprefix('--resume: ')}\nGoing back to the one before, {previous}")
         return previous, saved

@@ -225,7 +225,7 @@ class Order:
             f"{self.iter_size}); {self.steps} steps an epoch"
         )
         rest = self.train % self.group
-        waits = f"\nThe last {rest} images of each shuffle make no whole step and wait for another epoch"
+        waits = f"\nImages of each shuffle that make no whole step and wait for another epoch: {rest}"
         return text + (waits if rest else "")
 
     def run(self, epoch: int, step: int, epochs: int) -> Iterator[list[Key]]:
@@ -315,7 +315,8 @@ def _start_worker(worker: int) -> None:
 
 def end_workers() -> None:
     """Kill what is left of the workers: at its exit Python ends them by a signal that they ignore, and would wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler would take it for an accident
+    if hasattr(signal, "SIGCHLD"):  # which Windows lacks
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler would take it for an accident
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import shlex
+import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -61,6 +64,17 @@ def describe(devices: list[torch.device]) -> str:
         return ", ".join([f"CPU, {torch.get_num_threads()} threads", *parts])
     names = ", ".join(f"{device.index} ({torch.cuda.get_device_name(device)})" for device in devices)
     return ", ".join([f"GPU {names}", *parts, *["DataParallel"] * (len(devices) > 1)])
+
+
+def command(words: list[str]) -> str:
+    """A command of this script to paste: by torchrun, or by this interpreter where it lies below the current folder."""
+    python = Path(sys.executable)
+    start = [str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"]
+    if UNDER_TORCHRUN:
+        machines = PROCESSES // LOCAL_PROCESSES
+        several = ["--nnodes", str(machines)] if machines > 1 else []
+        start = ["torchrun", *several, "--nproc-per-node", str(LOCAL_PROCESSES)]
+    return shlex.join([*start, sys.argv[0], *words])
 
 
 def join(device: torch.device) -> None:

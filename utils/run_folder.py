@@ -130,7 +130,7 @@ class RunFolder:
         replaces go when this one has a checkpoint.
 
         Args:
-            files: {name: contents}.
+            files: {name: contents}, of COMMAND and RESULTS.
             keep: a name by which the checkpoint stays when others have followed it.
         """
         self.pending |= files
