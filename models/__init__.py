@@ -48,6 +48,7 @@ def create(
 
     Raises:
         ValueError: an unknown architecture, or options that it can't be built with.
+        OSError, RuntimeError: pretrained weights can't be downloaded or read.
     """
     excited = {"excitation": excitation, "formulation": formulation, "standardize": standardize}
     if arch in EXCITED:
@@ -70,7 +71,7 @@ def create(
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a BatchNorm divides out what a gate on whole output channels multiplies."""
+    """Whether there is a BatchNorm, which divides out what a gate on whole output channels multiplies."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
@@ -115,9 +116,10 @@ def _torchvision(arch: str, num_classes: int, pretrained: bool, drop: float, ima
 
 def _with_classes(classifier: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Linear | nn.Conv2d:
     """A new classifier of the same kind and input for other classes."""
+    bias = classifier.bias is not None
     if isinstance(classifier, nn.Conv2d):  # squeezenet's
-        return nn.Conv2d(classifier.in_channels, num_classes, classifier.kernel_size)
-    return nn.Linear(classifier.in_features, num_classes)
+        return nn.Conv2d(classifier.in_channels, num_classes, classifier.kernel_size, bias=bias)
+    return nn.Linear(classifier.in_features, num_classes, bias)
 
 
 def plain_twin(arch: str, num_classes: int, cardinality: int, base_width: int, image_size: int) -> str:

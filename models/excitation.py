@@ -32,17 +32,16 @@ def standardize(weight: Tensor) -> Tensor:
     Raises:
         ValueError: a filter has one element, which has no deviation.
     """
-    fan_in(weight)
+    check_filters(weight)
     mean = weight.mean(dim=(1, 2, 3), keepdim=True)
     std = weight.std(dim=(1, 2, 3), keepdim=True)  # the gradient of var().sqrt() would be NaN for a constant filter
     return (weight - mean) / (std + STD_EPSILON)
 
 
-def fan_in(weight: Tensor) -> int:
-    """The number of elements of a filter that is to be standardized; one element is refused, see above."""
+def check_filters(weight: Tensor) -> None:
+    """Refuse to standardize filters of one element."""
     if weight[0].numel() == 1:
         raise ValueError("a filter of one element has no standard deviation: build this layer with standardize=False")
-    return weight[0].numel()
 
 
 def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from models.excitation import MAGNITUDE_EPSILON, STD_EPSILON, ChannelGate, LocationGate, fan_in, map_limit
+from models.excitation import MAGNITUDE_EPSILON, STD_EPSILON, ChannelGate, LocationGate, check_filters, map_limit
 
 FILTER = (1, 2, 3)  # the dimensions of a filter in a weight (O, I, kh, kw)
 
@@ -46,10 +46,11 @@ class _Excitation(torch.autograd.Function):
         weight = _memory(kept, "weight", raw)
         mean = std = statistic = size = hidden = gates = limit = None
         if standardized:
+            check_filters(raw)
             mean = raw.mean(FILTER, keepdim=True)
             torch.sub(raw, mean, out=weight)
             # The norm of the centred filter takes a fraction of the time of torch.std.
-            std = torch.linalg.vector_norm(weight, dim=FILTER, keepdim=True) / math.sqrt(fan_in(raw) - 1)
+            std = torch.linalg.vector_norm(weight, dim=FILTER, keepdim=True) / math.sqrt(raw[0].numel() - 1)
             weight.div_(std + STD_EPSILON)
         else:
             weight.copy_(raw)

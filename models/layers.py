@@ -117,6 +117,9 @@ def excite(
 
     Returns:
         The module.
+
+    Raises:
+        ValueError: an unknown excitation or formulation.
     """
 
     def excited(conv: nn.Conv2d) -> Conv2d:
@@ -136,9 +139,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     def plain(conv: Conv2d) -> nn.Conv2d:
         new = nn.utils.skip_init(nn.Conv2d, **_arguments(conv))
-        weight = conv.excited_weight().detach()
-        weight = weight if conv.excites else weight.clone()
-        new.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+        new.weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
         new.bias = conv.bias
         return new.train(conv.training)
 
@@ -212,7 +213,7 @@ def _swap(
 def describe_excitation(model: nn.Module) -> str:
     """A model's parameters and what excites its weights, in words."""
     total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    convs = [module for module in model.modules() if isinstance(module, Conv2d) and not is_depthwise(module)]
+    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excites]
     if not convs:
         return f"{total}; plain weights"
     gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())

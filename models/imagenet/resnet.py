@@ -81,6 +81,9 @@ class ResNet(nn.Module):
         num_classes: of the classifier.
         drop: probability of dropout before the classifier.
         **excitation: ``excitation``, ``formulation`` and ``standardize`` of :func:`models.layers.excite`.
+
+    Raises:
+        ValueError: 32 doesn't divide a layer's channels, or an unknown excitation or formulation.
     """
 
     def __init__(

@@ -122,6 +122,14 @@ def test_pretrained(pretrained):
         models.create("l_resnet18", pretrained=True)
 
 
+@pytest.mark.parametrize("classifier", [nn.Linear(4, 5, bias=False), nn.Linear(4, 5), nn.Conv2d(4, 5, 1)])
+def test_a_new_classifier_is_of_the_same_kind(classifier):
+    new = models._with_classes(classifier, 3)
+    assert type(new) is type(classifier)
+    assert new.weight.shape == (3, *classifier.weight.shape[1:])
+    assert (new.bias is None) == (classifier.bias is None)  # MaxViT's has none
+
+
 def test_unknown_architecture():
     with pytest.raises(ValueError, match="resnet51"):
         models.create("resnet51")

@@ -130,6 +130,8 @@ def test_description():
     paper = Conv2d(16, 32, 1, excitation="lwe", formulation="paper", standardize=False)
     assert describe_excitation(paper).endswith("49 of them in gates; formulation paper, LWE (location gate)")
     assert describe_excitation(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"
+    plain = Conv2d(16, 32, 1, excitation="none", standardize=False)
+    assert describe_excitation(plain) == "544 parameters; plain weights"
     assert is_depthwise(nn.Conv2d(4, 4, 1, groups=4))
 
 
