@@ -187,8 +187,8 @@ class Trainer:
         if failures:  # the best of the others may not be the best
             return failures
         groups = [self.study.runs(network, variant) for network in NETWORKS for variant in NETWORKS[network]]
-        by_seed = itertools.chain.from_iterable(itertools.zip_longest(*groups))
-        return self._train("run", [run for run in by_seed if run is not None])
+        runs = itertools.chain.from_iterable(itertools.zip_longest(*groups))
+        return self._train("run", [run for run in runs if run is not None])
 
     def _train(self, kind: str, runs: list[Run]) -> list[str]:
         missing = [run for run in runs if not self.study.is_done(run)]
@@ -209,7 +209,7 @@ class Trainer:
             pool.shutdown(wait=False, cancel_futures=True)
             with self.starting:
                 self.stopping = len(times) < len(missing)
-                for process in self.processes:
+                for process in tuple(self.processes):
                     process.terminate()  # once: then it saves
             pool.shutdown()
         return failures
@@ -242,11 +242,15 @@ class Trainer:
 
     def _wait_for(self, folder: Path) -> None:
         """A study that was killed leaves runs that go on."""
+        told = False
         while folder.exists() and not self.stopping:
             try:
                 os.close(take_lock(folder, "--out"))
                 return
-            except BadInput:
+            except BadInput as error:
+                if not told:
+                    print(f"waiting, as {str(error).removeprefix('--out: ').partition(':')[0]}", flush=True)
+                told = True
                 time.sleep(1)
 
     def _tidy(self, run: Run) -> None:
@@ -269,9 +273,7 @@ def results(study: Study) -> list[list[str]]:
             if name != base(network) and len(differences) > 1:
                 mean, half = interval(differences)
                 row += [f"{mean:+.2f}", f"{mean - half:+.2f} to {mean + half:+.2f}"]
-            else:
-                row += ["", ""]
-            rows.append(row)
+            rows.append(row + [""] * (len(rows[0]) - len(row)))
     return rows
 
 
@@ -288,7 +290,7 @@ def rates(study: Study) -> list[list[str]]:
     return rows
 
 
-def values(study: Study) -> list[list[str]]:
+def by_seed(study: Study) -> list[list[str]]:
     """The table of accuracies with a column for each seed, for other programs; the first row is the header."""
     header, *rows = results(study)
     seeds = range(study.settings["seeds"])
@@ -340,9 +342,10 @@ def write(study: Study) -> str:
     text = (
         f"Validation top-1 (%) on {study.settings['data']} after {study.epochs} epochs, by "
         f"`{shlex.join(study.settings['recipe'])}`.\nA difference is that from the network's first line, seed by seed; "
-        f"intervals by Student's t.\n\n{markdown(results(study))}\n\n{markdown(rates(study))}\n"
+        "intervals by Student's t. Runs that diverged are in none of these numbers.\n\n"
+        f"{markdown(results(study))}\n\n{markdown(rates(study))}\n"
     )
-    tsv = "".join("\t".join(row) + "\n" for row in values(study))
+    tsv = "".join("\t".join(row) + "\n" for row in by_seed(study))
     picture = io.BytesIO()
     draw(study).savefig(picture, format="png", dpi=150)
     contents = {TABLES: text.encode(), VALUES: tsv.encode(), FIGURE: picture.getvalue()}
@@ -415,8 +418,9 @@ def settings_of(args: argparse.Namespace) -> dict:
     parser = imagenet.build_parser()
     parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([]))))
     given = {name for name, value in vars(parser.parse_args(args.options)).items() if value is not None}
-    for name in sorted(given & {*OWN, *imagenet.ONCE}):
-        raise BadInput(f"{flag(name)}: it is the study's to set; leave it out")
+    wrong = sorted(given & {*OWN, *imagenet.ONCE})
+    if wrong:
+        raise BadInput(f"{flag(wrong[0])}: it is the study's to set; leave it out")
     rates = args.rates or RATES
     if len({f"{rate:g}" for rate in rates}) < len(rates) or min(rates) == 0:
         raise BadInput("--rates: give different rates above 0")
@@ -429,12 +433,12 @@ def settings_of(args: argparse.Namespace) -> dict:
         "rates": rates,
         "versions": versions(),
     }
-    has_runs = any(Path(args.out).glob(f"*/*/*/{LOG}"))
+    has_runs = any(file.name in (LOG, LAST, DIVERGED) for file in Path(args.out).glob("*/*/*/*"))
     for name, value in settings.items():
         if stored is not None and stored[name] != value and has_runs:
             old, new = (shlex.join(words) if name == "recipe" else words for words in (stored[name], value))
             raise BadInput(f"--out: {args.out} holds a study with {name} {old}, not {new}: name another")
-    settings["seeds"] = args.seeds or SEEDS
+    settings["seeds"] = args.seeds or (stored["seeds"] if stored is not None and has_runs else SEEDS)
     study = Study(Path(args.out), settings)
     for network in NETWORKS:  # what can't be trained is refused before anything is
         options, *_ = imagenet.parse([*study.words(study.rate_runs(network)[0]), "--data", args.data])

@@ -162,6 +162,19 @@ def test_a_study(run, images, tmp_path):
     assert "| no run | none |" in run("--out", out)[1]
 
 
+def test_other_settings_are_refused_where_a_run_has_begun(run, images, tmp_path):
+    words = ["--data", images, "--out", tmp_path / "study", *OPTIONS]
+    for name in ("checkpoint.pth.tar", "diverged.txt", "log.txt"):
+        shutil.rmtree(tmp_path / "study", ignore_errors=True)
+        folder = tmp_path / "study" / "l_resnet18" / "none" / "lr0.005-seed1000"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("")
+        shutil.copy(STORED / "study.json", tmp_path / "study")
+        status, _, errors = run(*words)
+        assert (status, errors.count("\n")) == (2, 1)
+        assert "holds a study with data" in errors
+
+
 def test_a_failure_among_the_rates_ends_the_study(run, images, tmp_path):
     data = tmp_path / "images"
     shutil.copytree(images, data)
@@ -197,7 +210,7 @@ def test_a_failure_among_the_rates_ends_the_study(run, images, tmp_path):
         (["--out", "empty", "--data", "images"], "--out: empty/study.json is damaged"),
         (["--out", "new", "--data", "images"], "--train-batch 128 x --iter-size 1: more than the 3 training images"),
         (["--out", "new", "--data", "images", *OPTIONS, "--pretrained"], "--pretrained: there are no weights for l_"),
-        (["--out", "file", "--data", "images", *OPTIONS], "file"),
+        (["--out", "file", "--data", "images", *OPTIONS, "--train-batch", "3"], "file"),
         (["--out", "new", "--data", "images", "--", "--no-such"], "unrecognized arguments: --no-such"),
     ],
 )
