@@ -153,7 +153,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
     check_options(args, saved is not None)
     if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
-    if saved and "options" in saved:
+    if saved and checkpoints.is_own(saved):
         for name in ("arch", *NETWORK):
             if getattr(args, name) != saved["options"].get(name):
                 old = f"{flag(name)} {saved['options'].get(name)}"
@@ -164,7 +164,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None, Path | None
 def check_resumable(args: argparse.Namespace, saved: dict, file: Path) -> None:
     """Refuse options that don't go with the checkpoint."""
     for name in ("export", "visualize"):
-        if "options" not in saved and getattr(args, name) is not None:
+        if not checkpoints.is_own(saved) and getattr(args, name) is not None:
             raise BadInput(f"{flag(name)}: {file} is of another trainer, and its options are not known")
     if args.start_epoch is not None and "epoch" in saved:
         raise BadInput("--start-epoch: a resumed run knows its epoch; leave it out")
@@ -442,7 +442,7 @@ class Training:
         self.epoch = saved.get("epoch", self.epoch)
         if "optimizer" in saved:
             checkpoints.load_optimizer(self.optimizer, saved["optimizer"], file)
-        if "options" in saved:
+        if checkpoints.is_own(saved):
             self.step, self.acc, self.best_acc = (saved[key] for key in ("step", "acc", "best_acc"))
             self.scores, self.logger.rows = Scores(saved["sums"]), saved["log"]
             if self.step > 0:
@@ -514,7 +514,8 @@ class Training:
             trained, self.scores = self.scores, Scores()
             self.end_epoch(lr, trained, valid)
             took = timedelta(seconds=round(time.monotonic() - start))
-            print(f"{label}  lr {lr:.4g}  train {trained}{trained.skipped()}  valid {valid}{valid.left_out()}  {took}")
+            skipped, left_out = trained.describe_skipped(), valid.describe_left_out()
+            print(f"{label}  lr {lr:.4g}  train {trained}{skipped}  valid {valid}{left_out}  {took}")
         distributed.leave()
         return self.end()
 
@@ -549,7 +550,7 @@ class Training:
         """What to say of the micro-batches of the step that ended the run."""
         batches = list(islice(self.order.training(self.epoch, self.step), self.args.iter_size))[micro_batches]
         images = [self.folders[TRAIN].path(index) for batch in batches for *_, index in batch]
-        return f"{self.run_folder.blame(images)}; {LOWER_RATE}"
+        return f"{self.run_folder.note_images(images)}; {LOWER_RATE}"
 
     def end_epoch(self, lr: float, trained: Scores, valid: Scores) -> None:
         """Log the epoch, and save."""
@@ -648,7 +649,7 @@ def run(argv: list[str]) -> int:
         print(f"{file}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
         return 0
     run_folder = None if args.evaluate else choose_run_folder(args, saved, file)
-    devices = choose_devices(args)
+    devices = usable_devices(args)
     torch.backends.cudnn.benchmark = True
     distributed.join(devices[0])
     folders = open_data(args, saved, file)
@@ -660,7 +661,7 @@ def run(argv: list[str]) -> int:
         batches = load(folders, map(distributed.share, order.validation()), *loading(args, devices))
         progress = Progress("Validate", order.val_batches, args.test_batch)
         scores = evaluate(model, devices, batches, args.amp, args.compile, progress)
-        print(f"{file or args.arch}: {scores}{scores.left_out() or f' over {scores.images:,} images'}")
+        print(f"{file or args.arch}: {scores}{scores.describe_left_out() or f' over {scores.images:,} images'}")
         distributed.leave()
         return 0
     training = Training(args, model, devices, folders, order, run_folder)
@@ -677,13 +678,13 @@ def run(argv: list[str]) -> int:
 def choose_run_folder(args: argparse.Namespace, saved: dict | None, file: Path | None) -> RunFolder:
     """The folder that the run is written to, in which nothing would be lost."""
     resumed = {}
-    if saved and "options" in saved:  # another trainer's folder isn't ours to go on in
+    if saved and checkpoints.is_own(saved):  # another trainer's folder isn't ours to go on in
         best = checkpoints.best_of(saved, file)
         resumed = {"resumed": file, "best": best, "chosen": os.path.isfile(args.resume)}
     return RunFolder(Path(args.checkpoint), **resumed, overwrite=args.overwrite)
 
 
-def choose_devices(args: argparse.Namespace) -> list[torch.device]:
+def usable_devices(args: argparse.Namespace) -> list[torch.device]:
     """This process's devices, if the run can be divided among them."""
     devices, processes = distributed.choose_devices(args.gpu_id), distributed.PROCESSES
     if args.sync_bn and processes > 1 and devices[0].type == "cpu":

@@ -59,11 +59,11 @@ class Scores:
     def top5(self) -> float:
         return 100 * self.sums[2] / max(self.images, 1)
 
-    def skipped(self) -> str:
+    def describe_skipped(self) -> str:
         """What an epoch's line says of the steps that the gradient scaler skipped."""
         return f" ({self.skipped_steps} steps skipped: fp16 overflowed)" if self.skipped_steps else ""
 
-    def left_out(self) -> str:
+    def describe_left_out(self) -> str:
         """What a validation's line says when it could not be taken over all images."""
         total = self.images + self.bad_images
         return f" (over {self.images:,} of {total:,} images; the others can't be decoded)" if self.bad_images else ""

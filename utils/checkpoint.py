@@ -205,9 +205,14 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
     return [key for key, is_usable in usable.items() if not is_usable]
 
 
+def is_own(saved: dict) -> bool:
+    """Whether it is a whole checkpoint of this trainer, and not what another's has in common with it."""
+    return "options" in saved
+
+
 def describe(saved: dict, file: Path) -> None:
     """Say what is taken from a checkpoint, and what was not in it."""
-    if "options" in saved:
+    if is_own(saved):
         done = f"{saved['epoch']} epochs and {saved['step']} steps done, best top-1 {max(saved['best_acc'], 0):.2f}"
         print(f"Going on from {file}: {done}")
         if saved["versions"] != versions():

@@ -156,7 +156,7 @@ class RunFolder:
         if self.failure:
             print(f"\n{self.failure}; the next save tries again", file=sys.stderr)
 
-    def blame(self, images: list[str]) -> str:
+    def note_images(self, images: list[str]) -> str:
         """The images of a step that was not finite: the first of them in words, all of them in a file of the folder."""
         more = f" and {len(images) - 3} more" if len(images) > 3 else ""
         text = f"its images are {', '.join(images[:3])}{more}"
