@@ -13,6 +13,12 @@ from tests.helpers import draw_folder
 from utils.signals import ENDING, REQUESTS
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell has what it starts in the background ignore Ctrl-C, and what the tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """13 training and 7 validation images of two classes; not to be changed."""
