@@ -122,9 +122,11 @@ def _with_classes(classifier: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Lin
     return nn.Linear(classifier.in_features, num_classes, bias)
 
 
-def plain_twin(arch: str, num_classes: int, cardinality: int, base_width: int, image_size: int) -> str:
-    """The Python expression of torchvision's network into which the folded weights of ``arch`` load strictly."""
-    options = f"num_classes={num_classes}"
+def loading_lines(arch: str, num_classes: int, cardinality: int, base_width: int, image_size: int, file: str) -> str:
+    """The lines of Python that load the folded weights of ``arch`` strictly into torchvision's network."""
+    options, timm = f"num_classes={num_classes}", ""
+    if arch == "l_resnet50":
+        timm = f"  # or: model = timm.create_model('resnet50_gn', {options})\n"
     if arch.startswith("l_resnext"):
         options += f", groups={cardinality}, width_per_group={base_width}"
     if arch in EXCITED:
@@ -136,7 +138,10 @@ def plain_twin(arch: str, num_classes: int, cardinality: int, base_width: int, i
         options += f", image_size={image_size}"
     elif arch.startswith("maxvit"):
         options += f", input_size=({image_size}, {image_size})"
-    return f"torchvision.models.{arch}({options})"
+    return (
+        f"  import torch, torchvision\n  model = torchvision.models.{arch}({options})\n{timm}"
+        f"  model.load_state_dict(torch.load({file!r}, weights_only=True))"
+    )
 
 
 def pretrained_classes(arch: str) -> int:

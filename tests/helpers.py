@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.accuracy import Scores
+from utils.meters import Scores
 from utils.demo import draw
 from utils.logger import COLUMNS
 

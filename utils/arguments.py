@@ -1,7 +1,8 @@
-"""What argparse lacks: errors of one line, numbers with bounds, and options turned back into the words of a command."""
+"""What argparse lacks: errors of one line, and numbers with bounds."""
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 
 from utils.errors import BadInput
@@ -44,14 +45,15 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def as_words(options: dict) -> list[str]:
-    """The options as words of a command line; None is an option that wasn't given."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, list):
-            words += [flag(name), *map(str, value)]
-        elif isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif value is not None:
-            words.append(f"{flag(name)}={value}")
-    return words
+# The kinds of options: keywords of add_argument().
+COUNT = {"type": number(int, 1, 2**31), "metavar": "N"}
+NATURAL = {"type": number(int, 0, 2**63), "metavar": "N"}
+FACTOR = {"type": number(float, 0), "metavar": "X"}
+PROBABILITY = {"type": number(float, 0, 1), "metavar": "P"}
+FOLDER = {"type": path, "metavar": "DIR"}
+SWITCH = {"action": argparse.BooleanOptionalAction}
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

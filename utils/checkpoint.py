@@ -11,33 +11,34 @@ A checkpoint of this trainer is a dict with
     scaler       the gradient scaler's state_dict, empty without --amp fp16
     best_acc     the best validation top-1 so far, percent
     acc          the last one
-    sums         the running sums of the unfinished epoch (see utils/accuracy.py)
+    sums         the running sums of the unfinished epoch (see utils/meters.py)
     log          the rows of log.txt
     images       fingerprint of the training images, to continue the same shuffle
     rng          states of torch's random generators: {"cpu": tensor, "cuda": [tensor, ...]}
     options      {option: value}, every option that the run resolved
     versions     {package: version}, with which it was written
+
+Loaded, it also has its ``file``. What another trainer's file lacks is filled in by :func:`load`, and listed in
+``missing``, which is empty for our own.
 """
 
-import contextlib
 import io
 import math
 import os
 import platform
+import zipfile
 from pathlib import Path
 
 import torch
 import torchvision
 
-from utils.accuracy import Scores
-from utils.arguments import flag
-from utils.errors import LOWER_RATE, BadInput, RunFailed
+from utils.errors import BadInput, NotFinite
 from utils.logger import COLUMNS
-from utils.safe_load import NotWhole, safe_load
+from utils.meters import Scores
 
 FORMAT = 1
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-PREVIOUS, DAMAGED = "checkpoint.prev.pth.tar", "checkpoint.damaged.pth.tar"
+PREVIOUS = "checkpoint.prev.pth.tar"
 KEPT = "checkpoint.epoch{}.pth.tar"  # of --keep-freq
 KEYS = {
     "epoch": int,
@@ -58,6 +59,10 @@ KEYS = {
 }
 
 
+class NotWhole(BadInput):
+    """A checkpoint is damaged or missing; the one before it may do."""
+
+
 def versions() -> dict[str, str]:
     """Those on which a run's rounding depends."""
     return {
@@ -71,83 +76,126 @@ def serialize(checkpoint: dict) -> memoryview:
     """The contents of a checkpoint's file.
 
     Raises:
-        RunFailed: weights or momenta are not finite, and no run could go on from them.
+        NotFinite: weights or momenta are not finite, and no run could go on from them.
     """
     states = [checkpoint["state_dict"], *checkpoint["optimizer"]["state"].values()]
     tensors = [value for state in states for value in state.values() if value is not None and value.is_floating_point()]
     if not math.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf)):
-        place = f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']}"
-        raise RunFailed(f"{place}: the weights are not finite any more; {LOWER_RATE}")
+        raise NotFinite(f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']}: the weights are not finite")
     stream = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint, "versions": versions()}, stream)
     return stream.getbuffer()
 
 
-def find(path: str) -> tuple[Path, dict]:
-    """The checkpoint that ``--resume`` names, and its file: that file, or the newest of a run's folder that is whole.
+def find(path: str) -> dict:
+    """The checkpoint that ``--resume`` names: that file, or the newest of a run's folder that is whole.
 
     Raises:
         BadInput: there is none.
     """
     if not os.path.isdir(path):
-        return Path(path), load(Path(path))
-    last, previous = Path(path, LAST), Path(path, PREVIOUS)
+        return load(Path(path))
     try:
-        return last, load(last)
+        return load(Path(path, LAST))
     except NotWhole as error:
-        if not os.path.exists(previous):
+        previous = Path(path, PREVIOUS)
+        if not previous.exists():
             raise
         saved = load(previous)
         print(f"{str(error).removeprefix('--resume: ')}\nGoing back to the one before, {previous}")
-        return previous, saved
+        return saved
 
 
 def load(file: Path) -> dict:
-    """Read a checkpoint of this trainer, or of another.
+    """Read a checkpoint of this trainer, or of another. No code in it is run.
 
     Returns:
-        A checkpoint as above; of another trainer's file, or of a bare state_dict, the ``state_dict``, and ``epoch`` and
-        ``optimizer`` where it has them.
+        A checkpoint as above. Another trainer's file, or a bare state_dict, gives its weights and, where it has them,
+        its epoch and its optimizer.
 
     Raises:
         BadInput: it can't be read, or holds something else; NotWhole where that is damage.
     """
-    checkpoint = safe_load(file)
+    checkpoint = _read(file)
     if not isinstance(checkpoint, dict):
         raise BadInput(f"--resume: {file} holds a {type(checkpoint).__name__}, no checkpoint: give another file")
     if "format" not in checkpoint:
         checkpoint = _of_another_trainer(checkpoint)
     elif not _is_a(checkpoint["format"], int):
-        raise NotWhole(f"--resume: {file} is damaged: it has no usable 'format'; give another file")
+        raise _damaged(file, "it has no usable 'format'")
     elif checkpoint["format"] != FORMAT:
         raise BadInput(f"--resume: {file} has format {checkpoint['format']}; this version reads format {FORMAT}")
     else:
-        wrong = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
-        wrong += [] if wrong else _out_of_bounds(checkpoint)
-        if wrong:
-            raise NotWhole(f"--resume: {file} is damaged: it has no usable {wrong[0]!r}; give another file")
+        unusable = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
+        unusable = unusable or _out_of_bounds(checkpoint)
+        if unusable:
+            raise _damaged(file, f"it has no usable {unusable[0]!r}")
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadInput(f"--resume: {file} holds no weights: give another file")
     for name, value in state.items():
         if not _is_finite(value):
-            raise NotWhole(f"--resume: {file} has numbers in {name} that aren't finite; give another file")
-    return checkpoint
+            raise _damaged(file, f"not all numbers in {name} are finite")
+    return {"missing": [], **checkpoint, "file": file}
+
+
+def _damaged(file: Path, reason: str) -> NotWhole:
+    return NotWhole(f"--resume: {file} is damaged: {reason}; give another file")
+
+
+def _read(file: Path) -> object:
+    """What a file of torch.save holds."""
+    if not file.is_file():
+        raise NotWhole(f"--resume: there is no checkpoint {file}")
+    try:
+        if zipfile.is_zipfile(file):  # torch before 1.6 wrote something else, without checksums
+            with zipfile.ZipFile(file) as archive:
+                # torch takes a member with the attribute of a folder for one, and leaves what was in its memory.
+                if archive.testzip() is not None or any(member.external_attr for member in archive.infolist()):
+                    raise _damaged(file, "a checksum is wrong")
+    except OSError as error:
+        raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
+        if isinstance(error, NotWhole):
+            raise
+        raise _damaged(file, str(error)) from error
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
+    except Exception as error:  # of a damaged pickle, torch.load raises nearly every type there is
+        text = "is damaged, no checkpoint, or carries code, which is never run: give another file"
+        raise NotWhole(f"--resume: {file} {text}") from error
 
 
 def _of_another_trainer(checkpoint: dict) -> dict:
-    """What pytorch-classification's checkpoints, and those like them, have in common with ours; or bare weights."""
+    """The checkpoint of a file like pytorch-classification's, or of bare weights."""
     state = checkpoint.get("state_dict", checkpoint)
-    state = (
-        {str(name).removeprefix("module."): value for name, value in state.items()} if isinstance(state, dict) else {}
-    )
-    known = {"state_dict": state}
-    if type(checkpoint.get("epoch")) is int and checkpoint["epoch"] >= 0:
-        known["epoch"] = checkpoint["epoch"]
-    optimizer = checkpoint.get("optimizer")
-    if isinstance(optimizer, dict) and _are_finite(optimizer.get("state")):
-        known["optimizer"] = optimizer
-    return known
+    if not isinstance(state, dict):
+        state = {}
+    epoch, optimizer = checkpoint.get("epoch"), checkpoint.get("optimizer")
+    has_epoch = _is_a(epoch, int) and epoch >= 0
+    has_optimizer = isinstance(optimizer, dict) and _are_finite(optimizer.get("state"))
+    lacks = {"epoch": not has_epoch, "optimizer": not has_optimizer}
+    return {
+        "epoch": epoch if has_epoch else 0,
+        "step": 0,
+        "arch": "",
+        "classes": [],
+        "state_dict": {str(name).removeprefix("module."): value for name, value in state.items()},
+        "optimizer": optimizer if has_optimizer else {"state": {}},
+        "scaler": {},
+        "best_acc": -1.0,
+        "acc": -1.0,
+        "sums": Scores().sums,
+        "log": [],
+        "images": "",
+        "rng": {},
+        "options": {},
+        "versions": versions(),
+        "missing": [name for name, is_missing in lacks.items() if is_missing]
+        + ["options", "classes", "log", "best top-1", "random state"],
+    }
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -169,15 +217,6 @@ def _are_finite(state: object) -> bool:
         return False
     values = [value for entry in state.values() for value in entry.values()]
     return all(isinstance(value, torch.Tensor) and _is_finite(value) for value in values)
-
-
-def best_of(saved: dict, file: Path) -> Path | None:
-    """The checkpoint of the best epoch of the run that ``file`` is of: the best beside it, or ``file`` itself."""
-    best = file.with_name(BEST)
-    with contextlib.suppress(BadInput):
-        if load(best).get("best_acc") == saved["best_acc"]:
-            return best
-    return file if saved["step"] == 0 and saved["acc"] == saved["best_acc"] else None
 
 
 def _out_of_bounds(checkpoint: dict) -> list[str]:
@@ -205,50 +244,29 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
     return [key for key, is_usable in usable.items() if not is_usable]
 
 
-def is_own(saved: dict) -> bool:
-    """Whether it is a whole checkpoint of this trainer, and not what another's has in common with it."""
-    return "options" in saved
+def describe(saved: dict) -> str:
+    """What is taken from a checkpoint, and what was not in it."""
+    file, missing = saved["file"], saved["missing"]
+    if missing:
+        known = [name for name in ("weights", "epoch", "optimizer") if name not in missing]
+        return (
+            f"Going on from {file}, of another trainer: its {', '.join(known)}\n"
+            f"Not in it, and as this command has it: {', '.join(missing)}"
+        )
+    text = f"Going on from {file}: {saved['epoch']} epochs and {saved['step']} steps done, "
+    text += f"best top-1 {max(saved['best_acc'], 0):.2f}"
+    if saved["versions"] != versions():
+        text += f"\nIt was written with {' '.join(map(' '.join, saved['versions'].items()))}: rounding may differ"
+    return text
 
 
-def describe(saved: dict, file: Path) -> None:
-    """Say what is taken from a checkpoint, and what was not in it."""
-    if is_own(saved):
-        done = f"{saved['epoch']} epochs and {saved['step']} steps done, best top-1 {max(saved['best_acc'], 0):.2f}"
-        print(f"Going on from {file}: {done}")
-        if saved["versions"] != versions():
-            print(f"It was written with {' '.join(map(' '.join, saved['versions'].items()))}: rounding may differ")
-        return
-    names = {"weights": "state_dict", "epoch": "epoch", "optimizer": "optimizer"}
-    known, missing = ([name for name, key in names.items() if (key in saved) is there] for there in (True, False))
-    print(f"Going on from {file}, of another trainer: its {', '.join(known)}")
-    print(f"Not in it, and as this command has it: {', '.join([*missing, 'options', 'classes', 'log', 'best top-1'])}")
-
-
-def check_same_order(saved: dict, file: Path, options: dict, images: str, steps: int) -> None:
-    """In the middle of an epoch, refuse what would change the shuffle or the groups that go on.
-
-    Args:
-        options, images: as the checkpoint has them, of the run that is to go on.
-        steps: of an epoch.
-
-    Raises:
-        BadInput: it would.
-    """
-    for name in ("seed", "train_batch", "iter_size"):
-        if options[name] != saved["options"].get(name):
-            old = f"{flag(name)} {saved['options'].get(name)}"
-            raise BadInput(f"{flag(name)} {options[name]}: {file} is in the middle of an epoch with {old}")
-    if images != saved["images"] or saved["step"] > steps:
-        raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {options['data']} has now")
-
-
-def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:
+def load_weights(model: torch.nn.Module, saved: dict) -> None:
     """Load all of the model's weights from the checkpoint's.
 
     Raises:
         BadInput: names and shapes that don't fit, with what may be the reason.
     """
-    own = model.state_dict()
+    state, file, own = saved["state_dict"], saved["file"], model.state_dict()
     missing = [name for name in own if name not in state]
     surplus = [name for name in state if name not in own]
     unfit = [name for name in own if name in state and own[name].shape != state[name].shape]
@@ -270,51 +288,49 @@ def load_weights(model: torch.nn.Module, state: dict, file: Path) -> None:
     for name, value in own.items():
         if state[name].dtype != value.dtype:
             raise BadInput(f"--resume: {file} has {name} in {state[name].dtype}, and the network in {value.dtype}")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # tensors that hold no numbers, of a layout or on a device of their own
-        raise BadInput(f"--resume: {file} is damaged: its weights can't be copied; give another file") from error
+    model.load_state_dict(state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, file: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Restore momentum; the rates are the command's.
 
     Raises:
         BadInput: it doesn't fit the run's parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        momenta = [state["state"][index]["momentum_buffer"] for index in range(len(state["state"]))]
-        if len(momenta) not in (0, len(parameters)):
-            raise ValueError("another number of parameters")
-        for parameter, momentum in zip(parameters, momenta, strict=False):
-            if (momentum.shape, momentum.dtype) != (parameter.shape, parameter.dtype):
-                raise ValueError("momentum of another parameter, or none")
-            # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
-            optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
-    except Exception as error:  # whatever a damaged state_dict leads to
-        raise BadInput(f"--resume: {file} is damaged: its optimizer doesn't fit the run; give another file") from error
+    entries = saved["optimizer"]["state"]
+    momenta = [entries.get(index, {}).get("momentum_buffer") for index in range(len(entries))]
+    fits = len(momenta) in (0, len(parameters)) and all(
+        momentum is not None and (momentum.shape, momentum.dtype) == (parameter.shape, parameter.dtype)
+        for parameter, momentum in zip(parameters, momenta, strict=False)
+    )
+    if not fits:
+        raise _damaged(saved["file"], "its optimizer doesn't fit the run")
+    for parameter, momentum in zip(parameters, momenta, strict=False):
+        # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
+        optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
 
 
-def load_state(scaler: torch.amp.GradScaler, saved: dict, file: Path) -> None:
-    """Restore what training goes on with besides weights and optimizer: gradient scaler and random state.
+def load_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
+    """Restore what training goes on with besides weights and optimizer: gradient scaler and random generators.
 
     Raises:
         BadInput: they don't fit the run.
     """
+    if scaler.is_enabled() and saved["scaler"]:
+        own, state = scaler.state_dict(), saved["scaler"]
+        same = {name: type(value) for name, value in own.items()} == {name: type(state[name]) for name in state}
+        if not same or not all(math.isfinite(value) and value >= 0 for value in state.values()):
+            raise _damaged(saved["file"], "its gradient scaler doesn't fit the run")
+        scaler.load_state_dict(state)
+    if saved["missing"]:
+        return
     try:
-        if scaler.is_enabled() and saved["scaler"]:
-            own, state = scaler.state_dict(), saved["scaler"]
-            if {name: type(value) for name, value in own.items()} != {name: type(state[name]) for name in state}:
-                raise ValueError("the scaler's state has other values")
-            if not all(math.isfinite(value) and value >= 0 for value in state.values()):
-                raise ValueError("the scaler's state is not finite")
-            scaler.load_state_dict(state)
         torch.set_rng_state(saved["rng"]["cpu"])
         for index, state in enumerate(saved["rng"]["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, index)
-    except Exception as error:  # whatever a damaged state leads to
-        raise BadInput(f"--resume: {file} is damaged: its random state doesn't fit the run") from error
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:  # what torch raises for other values
+        raise _damaged(saved["file"], "its random state doesn't fit the run") from error
 
 
 def random_state() -> dict:

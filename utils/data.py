@@ -1,5 +1,6 @@
 """Image folders to batches of uint8 pixels, by random numbers that depend on (seed, epoch, index) alone."""
 
+import argparse
 import bisect
 import errno
 import functools
@@ -10,8 +11,9 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from utils import distributed
+from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
 from utils.images import decode, random_resized_crop, resized_center_crop
-from utils.signals import ENDING, REQUESTS, held, ignore
+from utils.signals import held, ignore_in_worker
 
 # ImageNet's, of pixels in 0..1
 MEAN = (0.485, 0.456, 0.406)
@@ -175,75 +179,138 @@ def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(images)
 
 
-@dataclass(frozen=True)
-class Order:
-    """The keys of a run's batches: for each epoch its micro-batches, then those of the validation.
+class Data:
+    """The images of a command, and their batches in the order in which it takes them.
 
     Args:
-        train, val: how many images there are.
-        train_batch, test_batch: images of a batch.
-        iter_size: micro-batches of an optimizer step; images that make no whole step wait for another epoch's shuffle.
-        seed: with the epoch it decides the shuffle.
+        args: the command's options.
+        device: the network's first one.
+        saved: the checkpoint that the command begins with.
 
     Raises:
-        BadInput: an epoch would have no step.
+        BadInput: --data can't be used, or not with these options or this checkpoint.
     """
 
-    train: int
-    val: int
-    train_batch: int
-    test_batch: int
-    iter_size: int
-    seed: int
+    def __init__(self, args: argparse.Namespace, device: torch.device, saved: dict | None = None):
+        self.args, self.device = args, device
+        self.waited = 0.0  # seconds for batches that were not there yet
+        self.batches: Iterator[Batch] | None = None  # one stream, so that workers never wait at an epoch's end
+        if args.demo and distributed.LOCAL_RANK == 0 and not os.path.exists(args.data):
+            print(f"Drawing the demo data into {args.data}")
+            try:
+                draw_demo(args.data)
+            except OSError as error:
+                raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
+        distributed.wait()  # for the one that draws
+        start = time.monotonic()
+        self.folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
+        self.classes = self.folders[VAL].classes
+        if saved and saved["classes"] not in ([], self.classes):
+            raise BadInput(f"--data: the classes in {args.data} are not those that {saved['file']} was trained on")
+        if not args.evaluate:
+            train = Path(args.data, TRAIN)
+            self.folders[TRAIN] = ImageFolder(train, args.image_size, args.seed, args.skip_bad_images)
+            check_same_classes(self.folders[TRAIN], self.folders[VAL])
+        counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in self.folders.items())
+        print(f"Images: {counts}, {len(self.classes)} classes; listed in {time.monotonic() - start:.1f} s")
+        self.digests = {name: folder.digest() for name, folder in self.folders.items()}
+        self.step_images = args.train_batch * args.iter_size
+        if not args.evaluate:
+            self._check_steps(saved)
+        self.val_batches = math.ceil(len(self.folders[VAL]) / args.test_batch)
 
-    def __post_init__(self) -> None:
-        if self.train > 0 and self.steps == 0:
-            raise BadInput(
-                f"--train-batch {self.train_batch} x --iter-size {self.iter_size}: more than the {self.train} training "
-                "images; lower one"
-            )
+    def _check_steps(self, saved: dict | None) -> None:
+        """Say what an optimizer step is; refuse an epoch without one, and another shuffle in the middle of an epoch."""
+        args, images = self.args, len(self.folders[TRAIN])
+        self.steps, rest = divmod(images, self.step_images)  # the rest of the shuffle waits for another epoch's
+        sizes = f"--train-batch {args.train_batch} x --iter-size {args.iter_size}"
+        if self.steps == 0:
+            raise BadInput(f"{sizes}: more than the {images} training images; lower one")
+        if saved and saved["step"] and (self.digests[TRAIN] != saved["images"] or saved["step"] > self.steps):
+            file = saved["file"]
+            raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {args.data} has now")
+        print(f"Each optimizer step: {self.step_images} images ({sizes}); {self.steps} steps an epoch")
+        if rest:
+            print(f"Images of each shuffle that make no whole step and wait for another epoch: {rest}")
+        rate = 0.1 * self.step_images / 256
+        if args.lr > 2 * rate:
+            suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}"
+            print(f"--lr {args.lr:g} is high for steps of {self.step_images} images; {suggested}")
 
-    @property
-    def group(self) -> int:
-        """Images of an optimizer step."""
-        return self.train_batch * self.iter_size
+    def training(self, epoch: int, step: int = 0) -> Iterator[Iterator[Batch]]:
+        """The optimizer steps of an epoch, from ``step`` on: each an iterator of its micro-batches.
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an epoch."""
-        return self.train // self.group
+        The first call says where the stream of batches begins. From there on, the caller takes everything in turn: the
+        steps of an epoch, a validation, the steps of the next epoch.
+        """
+        if self.batches is None:
+            self.batches = self._load(self._keys(epoch, step))
+        for _ in range(step, self.steps):
+            yield map(self._check_whole, islice(self.batches, self.args.iter_size))
 
-    @property
-    def val_batches(self) -> int:
-        """Batches of a validation."""
-        return math.ceil(self.val / self.test_batch)
+    def _check_whole(self, batch: Batch) -> Batch:
+        """In training, another image has replaced each that could not be decoded."""
+        if len(batch.images) < self.args.train_batch // distributed.PROCESSES:
+            raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
+        return batch
 
-    def __str__(self) -> str:
-        """What an optimizer step and an epoch are, in a line or two."""
-        text = (
-            f"Each optimizer step: {self.group} images (--train-batch {self.train_batch} x --iter-size "
-            f"{self.iter_size}); {self.steps} steps an epoch"
+    def validation(self) -> Iterator[Batch]:
+        """The batches of a validation: every image once."""
+        if self.batches is None:
+            self.batches = self._load(self._validation_keys())
+        return islice(self.batches, self.val_batches)
+
+    def _keys(self, epoch: int, step: int) -> Iterator[list[Key]]:
+        """The samples of each batch from the step of the epoch on to the end of the run."""
+        for number in range(epoch, self.args.epochs):
+            yield from self._training_keys(number, step if number == epoch else 0)
+            yield from self._validation_keys()
+
+    def _training_keys(self, epoch: int, step: int) -> Iterator[list[Key]]:
+        order, size = shuffle(len(self.folders[TRAIN]), self.args.seed, epoch), self.args.train_batch
+        for start in range(step * self.step_images, self.steps * self.step_images, size):
+            yield [(TRAIN, epoch, index) for index in order[start : start + size].tolist()]
+
+    def _validation_keys(self) -> Iterator[list[Key]]:
+        images, size = len(self.folders[VAL]), self.args.test_batch
+        for start in range(0, images, size):
+            yield [(VAL, 0, index) for index in range(start, min(start + size, images))]
+
+    def _load(self, keys: Iterable[list[Key]]) -> Iterator[Batch]:
+        """This process's part of each batch.
+
+        Raises:
+            RunFailed: names an image that can't be decoded and says how to go on; with --skip-bad-images, which names
+                such images once and goes on without them, only where nothing can replace one.
+        """
+        loader = DataLoader(
+            _Folders(self.folders),
+            batch_sampler=map(distributed.share, keys),
+            num_workers=math.ceil(self.args.workers / distributed.PROCESSES),
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # otherwise each pass draws a number from the global one
         )
-        rest = self.train % self.group
-        waits = f"\nImages of each shuffle that make no whole step and wait for another epoch: {rest}"
-        return text + (waits if rest else "")
-
-    def run(self, epoch: int, step: int, epochs: int) -> Iterator[list[Key]]:
-        """Batches from the step of the epoch on: one stream, so that workers never wait at an epoch's end."""
-        for number in range(epoch, epochs):
-            yield from self.training(number, step if number == epoch else 0)
-            yield from self.validation()
-
-    def training(self, epoch: int, step: int = 0) -> Iterator[list[Key]]:
-        """Micro-batches from a step of the epoch on."""
-        order = shuffle(self.train, self.seed, epoch)
-        for start in range(step * self.group, self.steps * self.group, self.train_batch):
-            yield [(TRAIN, epoch, index) for index in order[start : start + self.train_batch].tolist()]
-
-    def validation(self) -> Iterator[list[Key]]:
-        """Every image once."""
-        for start in range(0, self.val, self.test_batch):
-            yield [(VAL, 0, index) for index in range(start, min(start + self.test_batch, self.val))]
+        others, named = multiprocessing.active_children(), set()
+        with held():
+            batches = iter(loader)
+        _workers.extend(worker for worker in multiprocessing.active_children() if worker not in others)
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - start
+            if batch is None:
+                return
+            if batch.bad and not self.args.skip_bad_images:
+                raise RunFailed(
+                    f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, then start again or "
+                    "--resume; the last checkpoint, if there is one, stands"
+                )
+            for reason in sorted(set(batch.reasons) - named):
+                print(f"\nLeft out: {reason}", file=sys.stderr)
+            named.update(batch.reasons)
+            yield batch._replace(targets=torch.tensor(batch.targets))
 
 
 class _Folders(Dataset):
@@ -257,46 +324,6 @@ class _Folders(Dataset):
         return self.folders[split][tuple(rest)]
 
 
-def load(
-    folders: dict[str, ImageFolder], keys: Iterable[list[Key]], workers: int, device: torch.device, skip_bad: bool
-) -> Iterator[Batch]:
-    """The batch of each list of keys; with ``skip_bad`` an image that can't be decoded is named once and left out.
-
-    Raises:
-        RunFailed: without it, names that image and says how to go on.
-    """
-    batches = DataLoader(
-        _Folders(folders),
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # otherwise each pass draws a number from the global one
-    )
-    named = set()
-    with held(ENDING + REQUESTS):
-        batches = iter(batches)
-    for batch in batches:
-        if batch.bad and not skip_bad:
-            raise RunFailed(
-                f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, then start again or "
-                "--resume; the last checkpoint, if there is one, stands"
-            )
-        for reason in sorted(set(batch.reasons) - named):
-            print(f"\nLeft out: {reason}", file=sys.stderr)
-        named.update(batch.reasons)
-        yield batch._replace(targets=torch.tensor(batch.targets))
-
-
-def whole(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
-    """Batches of training, in which every image has been replaced that could not be decoded."""
-    for batch in batches:
-        if len(batch.images) < size:
-            raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
-        yield batch
-
-
 def _collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.pixels is not None]
     # Stacked as they lie in memory, channels last. The classes stay a list: each tensor from a worker costs the main
@@ -307,18 +334,27 @@ def _collate(samples: list[Sample]) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), targets, bad, [reason for sample in samples for reason in sample.reasons])
 
 
+_workers: list[multiprocessing.Process] = []  # those that load images for this process
+
+
 def _start_worker(worker: int) -> None:
-    """A signal to the whole process group is the main process's to answer; workers end with it, without a word."""
+    """Workers end with the main process, without a word."""
     sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
-    ignore(ENDING + REQUESTS)
+    ignore_in_worker()
+
+
+def has_lost_worker() -> bool:
+    """Whether a process that loads images has died."""
+    return any(worker.exitcode for worker in _workers)
 
 
 def end_workers() -> None:
     """Kill what is left of the workers: at its exit Python ends them by a signal that they ignore, and would wait."""
     if hasattr(signal, "SIGCHLD"):  # which Windows lacks
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler would take it for an accident
-    for worker in multiprocessing.active_children():
+    for worker in _workers:
         worker.kill()
+    _workers.clear()
 
 
 def normalize(images: Tensor, like: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """Which devices a run uses, and how the processes of torchrun train as one."""
 
+import argparse
 import contextlib
 import os
 import shlex
 import sys
-import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,8 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import BadInput, RunFailed
-from utils.launcher import PARENT
+from utils.errors import BadInput
 
 # As torchrun sets them; without it, there is one process.
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
@@ -24,6 +22,7 @@ RANK, LOCAL_RANK, LOCAL_PROCESSES = (
     int(os.environ.get(name) or value) if PROCESSES > 1 else value
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
+PARENT = os.getppid()
 TIMEOUT = timedelta(minutes=10)  # of waiting for another process, which may be saving
 
 
@@ -33,14 +32,8 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
     Under torchrun the local rank decides.
 
     Raises:
-        BadInput: no list of GPUs, or none of them is there.
+        BadInput: none of them is there.
     """
-    try:
-        ids = [int(word) for word in gpu_id.split(",")]
-    except ValueError:
-        ids = [-1]
-    if min(ids) < 0 or len(set(ids)) < len(ids):
-        raise BadInput(f"--gpu-id {gpu_id}: give each GPU's number once, separated by commas, such as 0,1")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:
         print("No GPU here: running on the CPU")
@@ -49,6 +42,7 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
         if gpus < LOCAL_PROCESSES:
             raise BadInput(f"torchrun: this machine has {gpus} GPUs; give --nproc-per-node {gpus} at most")
         return [torch.device("cuda", LOCAL_RANK)]
+    ids = [int(number) for number in gpu_id.split(",")]
     usable = [index for index in ids if index < gpus]
     if not usable:
         raise BadInput(f"--gpu-id {gpu_id}: none of them is here; this machine has the GPUs 0 to {gpus - 1}")
@@ -77,39 +71,33 @@ def command(words: list[str]) -> str:
     return shlex.join([*start, sys.argv[0], *words])
 
 
-def join(device: torch.device) -> None:
-    """Meet the other processes of torchrun, where there are any; end when torchrun itself is killed.
+def join(args: argparse.Namespace) -> list[torch.device]:
+    """This process's devices; meets the other processes of torchrun, where there are any.
 
     Raises:
-        BadInput: the environment speaks of several processes, and of no place to meet.
+        BadInput: no such device is there, or the options can't be had on it; or the environment speaks of several
+            processes, and of no place to meet.
     """
-    if UNDER_TORCHRUN:
-        _end_with(PARENT)
+    devices = choose_devices(args.gpu_id)
+    if args.sync_bn and PROCESSES > 1 and devices[0].type == "cpu":
+        raise BadInput("--sync-bn: PyTorch has it on GPUs only; leave it out here")
+    if args.compile and len(devices) > 1:
+        raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
+    torch.backends.cudnn.benchmark = True
     if PROCESSES == 1:
-        return
+        return devices
     if "MASTER_ADDR" not in os.environ:
         raise BadInput(f"WORLD_SIZE is {PROCESSES} in the environment, but this isn't torchrun's doing: unset it")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=devices[0])
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
-
-
-def _end_with(parent: int) -> None:
-    """Watch the parent process from a thread, and end this one when it is gone."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.write(2, b"imagenet.py: torchrun is gone; start it again with --resume\n")
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return devices
 
 
 def leave() -> None:
-    """Part from the other processes, once all are here."""
+    """Part from the other processes once all are here, as torchrun ends the others when one has ended."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -121,6 +109,28 @@ def wait() -> None:
         dist.barrier()
 
 
+def is_orphan() -> bool:
+    """Whether torchrun, which started this process, is gone."""
+    return UNDER_TORCHRUN and os.getppid() != PARENT
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of the run has failed before: only the first says why, as torchrun then ends all."""
+    if not UNDER_TORCHRUN or PROCESSES == 1:
+        return True
+    with contextlib.suppress(dist.DistError):  # torchrun is gone, and with it the store that it keeps
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"imagenet.py/failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    return True
+
+
+def has_lost_another(error: Exception) -> bool:
+    """Whether the error comes from a connection to a process that is gone."""
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # which has no type of error of its own
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and is_gloo)
+
+
 def total(values: Tensor) -> Tensor:
     """The sum of each value over the processes, on every one of them."""
     if dist.is_initialized():
@@ -128,28 +138,13 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
-def most(values: list[int]) -> list[int]:
-    """The largest of each value over the processes, on every one of them."""
+def largest(value: int) -> int:
+    """The largest value of all processes, on every one of them."""
     if not dist.is_initialized():
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    largest = torch.tensor(values, device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.tolist()
-
-
-class ToldByAnother(Exception):
-    """A failure that all processes see, and the first one tells."""
-
-
-def failed(text: str) -> Exception:
-    """What to raise for a failure that all processes see."""
-    return RunFailed(text) if RANK == 0 else ToldByAnother()
-
-
-def is_lost(error: RuntimeError) -> bool:
-    """Whether it comes from a connection to a process that is gone."""
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error))
+        return value
+    tensor = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def share_buffers(model: nn.Module) -> None:
@@ -159,18 +154,30 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def agree(value: str) -> bool:
-    """Whether all processes have the same."""
-    if not dist.is_initialized():
-        return True
-    values = [None] * PROCESSES
-    dist.all_gather_object(values, value)
-    return len(set(values)) == 1
+def check_same(value: object) -> None:
+    """See that all processes begin alike.
+
+    Raises:
+        BadInput: they don't, by the texts of ``value``.
+    """
+    if dist.is_initialized():
+        values = [None] * PROCESSES
+        dist.all_gather_object(values, repr(value))
+        if len(set(values)) > 1:
+            raise BadInput(
+                "torchrun: the processes have different options, images in --data or checkpoints in --resume"
+            )
 
 
 def share(batch: list) -> list:
     """This process's part of a batch; equal parts where the batch can be divided so."""
     return batch[len(batch) * RANK // PROCESSES : len(batch) * (RANK + 1) // PROCESSES]
+
+
+def seed_dropout(seed: int, epoch: int, step: int) -> None:
+    """Give all processes but the first a dropout of their own, which is the same again after resuming."""
+    if RANK > 0:
+        torch.manual_seed(hash((seed, epoch, step, RANK)))
 
 
 def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
@@ -185,6 +192,7 @@ def over_devices(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
 
 
-def gather_only(network: nn.Module) -> contextlib.AbstractContextManager:
+def gather_only(network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
     """For all micro-batches of a step but the last: gradients gather in each process and aren't reduced yet."""
-    return network.no_sync() if isinstance(network, DistributedDataParallel) else contextlib.nullcontext()
+    is_ddp = isinstance(network, DistributedDataParallel)
+    return network.no_sync() if is_ddp and not is_last else contextlib.nullcontext()

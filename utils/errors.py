@@ -1,12 +1,20 @@
-"""The two ways in which a run ends early, each with one line for the person who started it."""
-
-# What to do when numbers are not finite any more.
-LOWER_RATE = "the last checkpoint, if there is one, stands: start from there with a lower --lr"
+"""The ways in which a command fails, each with the exit status that it ends with."""
 
 
 class BadInput(ValueError):
-    """An argument or a file can't be used; the message names it and says what to do. Exit status 2."""
+    """An argument or a file can't be used; the message names it and says what to do."""
+
+    status = 2
 
 
 class RunFailed(RuntimeError):
-    """The run itself failed; the message says what it left. Exit status 1."""
+    """The run itself failed; the message says what it left."""
+
+    status = 1
+
+
+class NotFinite(RunFailed):
+    """A loss, a gradient or a weight is nan or infinite; the message says where."""
+
+    def __init__(self, text: str):
+        super().__init__(f"{text}; the last checkpoint, if there is one, stands: start from there with a lower --lr")

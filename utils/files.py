@@ -2,21 +2,21 @@
 
 import contextlib
 import errno
+import io
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+
+from matplotlib.figure import Figure
 
 from utils.errors import BadInput
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], previous: Path | None = None) -> None:
-    """Write a file through a temporary one in its folder: flushed, synced, then renamed over ``path``.
+def write_atomically(path: str | Path, contents: bytes | memoryview, previous: Path | None = None) -> None:
+    """Write a file through a temporary one in its folder: synced, then renamed over ``path``.
 
     Args:
         path: replaced only when everything is written; at no moment is it missing.
-        write: is given the open binary file.
         previous: another name in the same folder, by which what ``path`` was stays.
 
     Raises:
@@ -26,7 +26,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], prev
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
@@ -34,7 +34,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], prev
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; a run's are like any other
         if previous is not None:
             with contextlib.suppress(OSError):  # a file system without hard links has to do without
-                link(path, previous)
+                previous.unlink(missing_ok=True)
+                os.link(path, previous)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to tell
@@ -43,17 +44,18 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object], prev
     _sync_folder(path.parent)
 
 
-def link(path: Path, name: Path) -> None:
-    """Give the file another name as well, in place of what had that name.
-
-    Raises:
-        OSError: the file system has no hard links, or the folder can't be written.
-    """
-    temporary = name.with_name(f".{name.name}.link")
-    temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
-    os.replace(temporary, name)
-    temporary.unlink(missing_ok=True)  # replace() leaves it where both are the same file
+def _sync_folder(folder: Path) -> None:
+    """A rename lasts through a loss of power only when the folder is on the disk as well."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that can't sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def refuse_existing(flag: str, path: str | Path, overwrite: bool) -> None:
@@ -76,22 +78,14 @@ def write_output(flag: str, path: str | Path, contents: bytes | memoryview) -> N
         BadInput: it can't be written.
     """
     try:
-        if not Path(path).parent.exists():
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(contents))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, contents)
     except OSError as error:
         raise BadInput(f"{flag}: can't write {path}: {error.strerror}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename lasts through a loss of power only when the folder is on the disk as well."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that can't sync folders
-            raise
-    finally:
-        os.close(handle)
+def render(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
+    """The contents of a picture's file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, dpi=dpi)
+    return stream.getvalue()

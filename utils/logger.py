@@ -4,11 +4,9 @@ python -m utils.logger RUN [RUN ...] --out FILE.png
 """
 
 import contextlib
-import io
 import itertools
 import math
 import os
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,9 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from utils import command
 from utils.arguments import Parser, path
 from utils.errors import BadInput
-from utils.files import refuse_existing, write_output
+from utils.files import refuse_existing, render, write_output
+from utils.meters import Scores
 
 LOG, CURVES = "log.txt", "log.png"
 SPLITS = {
@@ -73,9 +73,12 @@ class Logger:
         self.title, self.changed = title, True
         self.rows: list[list[float]] = []
 
-    def append(self, *values: float) -> None:
-        """Add an epoch's row, values in the order of COLUMNS."""
-        self.rows.append([float(value) for value in values])
+    def append(self, lr: float, trained: Scores, valid: Scores, epoch: int) -> None:
+        """Add the row of an epoch, in the order of COLUMNS."""
+        accuracies = trained.top1, valid.top1, trained.top5, valid.top5
+        bad = trained.bad_images + valid.bad_images
+        row = (lr, trained.loss, valid.loss, *accuracies, epoch, bad, trained.skipped_steps)
+        self.rows.append([float(value) for value in row])
         self.changed = True
 
     def changes(self) -> dict[str, bytes]:
@@ -85,11 +88,9 @@ class Logger:
         self.changed = False
         lines = ["\t".join(COLUMNS), *("\t".join(f"{value:.6g}" for value in row) for row in self.rows)]
         files = {LOG: "".join(f"{line}\n" for line in lines).encode()}
-        picture = io.BytesIO()
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in self.rows]
-        with contextlib.suppress(Exception):  # a picture must not end a run, and numbers beyond bounds can't be drawn
-            draw_curves(rows, self.title).savefig(picture, format="png", dpi=120)
-            files[CURVES] = picture.getvalue()
+        with contextlib.suppress(ValueError):  # numbers beyond what matplotlib can draw
+            files[CURVES] = render(draw_curves(rows, self.title), dpi=120)
         return files
 
 
@@ -157,28 +158,23 @@ def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:
             )
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """Compare runs: print the accuracies of each, and draw their curves over one another."""
     parser = Parser(description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's folder, or a log.txt")
     parser.add_argument("--out", type=path, required=True, metavar="FILE", help="the picture: .png, .pdf, .svg, ...")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
+    args = parser.parse_args(argv)
+    refuse_existing("--out", args.out, args.overwrite)
+    kind = Path(args.out).suffix.lower()
+    if kind not in PICTURES:
+        raise BadInput(f"--out: {args.out} should end in {', '.join(PICTURES)}")
+    runs = read_runs(args.runs)
     try:
-        args = parser.parse_args()
-        refuse_existing("--out", args.out, args.overwrite)
-        kind = Path(args.out).suffix.lower()
-        if kind not in PICTURES:
-            raise BadInput(f"--out: {args.out} should end in {', '.join(PICTURES)}")
-        runs = read_runs(args.runs)
-        picture = io.BytesIO()
-        compare_curves(runs).savefig(picture, format=kind.removeprefix("."), dpi=120)
-        write_output("--out", args.out, picture.getbuffer())
-    except BadInput as error:
-        print(f"utils.logger: {error}", file=sys.stderr)
-        return 2
-    except ValueError as error:  # matplotlib's, of numbers beyond bounds
-        print(f"utils.logger: the curves can't be drawn: {error}", file=sys.stderr)
-        return 2
+        picture = render(compare_curves(runs), kind.removeprefix("."), dpi=120)
+    except ValueError as error:
+        raise BadInput(f"the curves have numbers that can't be drawn: {error}") from error
+    write_output("--out", args.out, picture)
     for name, rows in runs.items():
         best = max(rows, key=lambda row: row["Valid Acc."])
         print(
@@ -197,4 +193,4 @@ def read_runs(runs: list[str]) -> dict[str, list[dict[str, float]]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.script(main, "utils.logger")

@@ -3,25 +3,20 @@
 They read in grayscale, the filters apart: what differs in colour differs in lightness, marker or line as well.
 """
 
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from utils.files import render
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
-GATE_SAMPLE = 4096  # gates of a layer that are followed over training
 AXIS_NAMES = 25  # layers that an axis has room to name
-DPI = 150
-NAMES = ("weights.png", "filters.png", "gates.png", "history.png")
+NAMES = ("weights.png", "filters.png", "gates.png")
 
 
 class Layer(Protocol):
@@ -35,12 +30,11 @@ class Layer(Protocol):
     constants: np.ndarray | None
 
 
-def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], title: str) -> dict[str, bytes]:
-    """Those of the pictures NAMES for which there are gates, and checkpoints of more than one epoch, as PNG files.
+def draw(layers: Sequence[Layer], title: str) -> dict[str, bytes]:
+    """The pictures NAMES as PNG files, without gates.png where no layer has gates.
 
     Args:
         layers: from the first to the last.
-        history: the argument of :func:`draw_history`.
     """
     figures = {
         "weights.png": draw_weights(layers, title),
@@ -48,14 +42,7 @@ def draw(layers: Sequence[Layer], history: dict[int, Sequence[np.ndarray]], titl
     }
     if any(layer.gates is not None for layer in layers):
         figures["gates.png"] = draw_gates(layers, title)
-        if len(history) > 1:
-            figures["history.png"] = draw_history(history, title)
-    files = {}
-    for name, figure in figures.items():
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=DPI)
-        files[name] = stream.getvalue()
-    return files
+    return {name: render(figure) for name, figure in figures.items()}
 
 
 def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
@@ -112,7 +99,7 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
     for place in axes[0][len(chosen) :]:
         place.remove()
     for place, layer in zip(axes[0], chosen, strict=False):
-        raw, excited = (sample(weight, SAMPLE) for weight in (layer.raw, layer.excited))
+        raw, excited = (sample(weight) for weight in (layer.raw, layer.excited))
         place.plot(raw, excited, ".", color="black", markersize=2, alpha=0.25, rasterized=True)
         place.set(title=short(layer.name), xlabel="raw weight", ylabel="excited weight")
         place.xaxis.get_major_locator().set_params(nbins=4)
@@ -152,31 +139,6 @@ def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chos
         axes.grid(alpha=0.25)
 
 
-def draw_history(gates: dict[int, Sequence[np.ndarray]], title: str) -> Figure:
-    """How the gates moved over training.
-
-    Args:
-        gates: {epoch: the gates of each layer, or the same sample of them}, at least two epochs, ascending.
-    """
-    epochs = list(gates)
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
-    figure.suptitle(title)
-    means, moves = figure.subplots(1, 2)
-    shades = ScalarMappable(Normalize(1, len(gates[epochs[0]])), colormaps["viridis"])
-    for layer, course in enumerate(zip(*gates.values(), strict=True)):
-        style = {"color": shades.to_rgba(layer + 1), "marker": "o", "markersize": 3, "linewidth": 1}
-        means.plot(epochs, [values.mean() for values in course], **style)
-        moves.plot(epochs, [np.sqrt(np.mean((values - course[0]) ** 2)) for values in course], **style)
-    means.set(title="mean gate of each layer", ylabel="gate")
-    moves.set(title=f"distance from the gates after epoch {epochs[0]}", ylabel="root mean square of the change")
-    for axes in (means, moves):
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.25)
-    figure.colorbar(shades, ax=(means, moves), label="layer, from the input", ticks=MaxNLocator(integer=True))
-    return figure
-
-
 def draw_filters(raw: np.ndarray, excited: np.ndarray, title: str) -> Figure:
     """The first layer's filters, (O, 3, kh, kw), before and after excitation."""
     rows, columns = tile(raw).shape[:2]
@@ -201,14 +163,14 @@ def tile(filters: np.ndarray) -> np.ndarray:
     return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=1.0)
 
 
-def sample(values: np.ndarray, count: int = GATE_SAMPLE) -> np.ndarray:
-    """So many values of a layer at most, of random places that are always the same.
+def sample(values: np.ndarray) -> np.ndarray:
+    """At most SAMPLE values of a layer, at random places that are always the same.
 
     Equal distances would not do: they may divide the channels, and then all lie in a few of them.
     """
-    if values.size <= count:
+    if values.size <= SAMPLE:
         return values.ravel()
-    return values.ravel()[np.random.default_rng(0).choice(values.size, count, replace=False)]
+    return values.ravel()[np.random.default_rng(0).choice(values.size, SAMPLE, replace=False)]
 
 
 def short(name: str) -> str:

@@ -5,57 +5,72 @@ import os
 import signal
 from collections.abc import Iterator
 
-# Windows has but two.
-ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-REQUESTS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
+from utils import distributed
+
+# SIGUSR1 is what SLURM sends before a job's time is up. Windows has but the first two.
+ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+
+
+class Stopped(Exception):
+    """A signal has ended the run, between two steps."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 class Stop:
-    """Remembers SIGINT, SIGTERM or SIGHUP until the loop asks; a second one ends the process at once.
+    """Inside ``with``, remembers a signal until :meth:`check`; a second one ends the process at once."""
 
-    ``save`` is set by SIGUSR1: to save and to go on.
-
-    Args:
-        repeats: a second signal may be the first one again, which torchrun hands on; it passes by.
-    """
-
-    def __init__(self, repeats: bool = False) -> None:
-        self.repeats = repeats
+    def __init__(self) -> None:
         self.number = 0
-        self.save = False
-        for number in ENDING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.getsignal(number) for number in ENDING}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._handle)
-        for number in REQUESTS:
-            signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.number and self.repeats:
-            return
+        if self.number and distributed.UNDER_TORCHRUN:
+            return  # the same signal once more, which torchrun hands on to those that had it already
         if self.number:
             os._exit(128 + number)
         self.number = number
-        hint = b"" if self.repeats else b"; a second signal stops at once"
+        hint = b"" if distributed.UNDER_TORCHRUN else b"; a second signal stops at once"
         # print() isn't allowed here: the signal may have come in the middle of another print.
         os.write(2, b"\nFinishing the optimizer step, then saving" + hint + b"\n")
 
-    def _request(self, number: int, frame: object) -> None:
-        self.save = True
+    def check(self) -> None:
+        """Between two steps.
+
+        Raises:
+            Stopped: a signal came to any of the processes, or torchrun is gone; in all processes at the same step.
+        """
+        number = self.number or (signal.SIGHUP if distributed.is_orphan() else 0)
+        number = distributed.largest(number)
+        if number:
+            raise Stopped(number)
 
 
-def ignore(numbers: tuple[signal.Signals, ...]) -> None:
-    """Let signals that would end the process pass by."""
-    for number in numbers:
+def ignore_in_worker() -> None:
+    """A signal to the whole process group is the main process's to answer."""
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def held(numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+def held() -> Iterator[None]:
     """Let signals wait outside: a worker that is started inside must not be hit before it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:

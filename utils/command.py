@@ -1,0 +1,75 @@
+"""How a command ends: its exit status, and one line for what went wrong."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+import torch
+
+from utils import distributed
+from utils.data import end_workers, has_lost_worker
+from utils.errors import BadInput, RunFailed
+
+
+class Output:
+    """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def script(main: Callable[[list[str]], int], name: str) -> None:
+    """Run a script's ``main`` on the words of its command line, and exit."""
+    # Line by line, so that a log file is up to date; a path that is no valid text can be printed.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    if distributed.RANK > 0:  # the first process speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(run(main, sys.argv[1:], name))
+
+
+def run(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
+    """Call ``main``; returns its exit status, or that of the failure, which is told in a line that ``name`` begins."""
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        status, text = 128 + signal.SIGINT, "interrupted; nothing was written"
+    except Exception as error:
+        status, text = explain(error)
+    finally:
+        end_workers()
+    if distributed.is_first_to_fail():
+        print(f"{name}: {' '.join(text.splitlines())}", file=sys.stderr)
+    return status
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit status of a failure, and what to say of it; one that nobody expects is raised again."""
+    if isinstance(error, BadInput | RunFailed):
+        return error.status, str(error)
+    if isinstance(error, OSError):
+        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
+        return 1, (str(error).splitlines() or [type(error).__name__])[-1]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        text = str(error).partition("\n")[0]
+        return 1, f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {text}"
+    if isinstance(error, RuntimeError) and has_lost_worker():  # raised wherever the main process is at that moment
+        return 1, "a process that loads images died; out of memory? Lower --workers"
+    if distributed.has_lost_another(error):
+        return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
+    raise error

@@ -1,0 +1,238 @@
+"""Where a command's options come from, and every refusal of them.
+
+The command's own options go before those of the resumed run, those before the demo's, and those before the defaults.
+"""
+
+import argparse
+import contextlib
+import difflib
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+
+from utils import checkpoint, distributed, pictures
+from utils.arguments import Parser, flag
+from utils.errors import BadInput, RunFailed
+from utils.files import refuse_existing
+
+# What --demo sets in place of the defaults: small images of ten drawn classes, minutes on two cores.
+DEMO = {
+    "data": "data/demo",
+    "checkpoint": "checkpoints/demo",
+    "arch": "l_resnet18",
+    "image_size": 64,
+    "epochs": 7,
+    "schedule": [5],
+    "train_batch": 32,
+    "lr": 0.0125,
+}
+# Options that make the network, all of them keywords of models.create; a run can't change them.
+NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
+# Options of one command, which a run doesn't hand on to the command that resumes it.
+ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch", "visualize")
+# Options that may differ between the processes of a run.
+OWN = ("checkpoint", "data", "gpu_id", "resume", "workers")
+
+
+def resolve(
+    parser: Parser, argv: list[str], excited: Sequence[str], architectures: Sequence[str]
+) -> tuple[argparse.Namespace, dict | None]:
+    """The options of a command, and the checkpoint that --resume names.
+
+    Args:
+        excited, architectures: names of networks: those whose excitation is ``we`` by default, and all.
+
+    Raises:
+        BadInput: options or checkpoint can't be used, or not together.
+    """
+    defaults = vars(parser.parse_args([]))
+    not_given = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, not_given))))
+    given = {name: value for name, value in given.items() if value is not not_given}
+    saved = checkpoint.find(given["resume"]) if "resume" in given else None
+    demo = DEMO if "demo" in given else {}
+    run = of_checkpoint(parser, saved) if saved else {}
+    args = argparse.Namespace(**defaults | demo | run | given)
+    args.checkpoint = args.checkpoint or f"checkpoints/imagenet/{args.arch}"
+    refuse_output(args, saved)
+    if saved:
+        refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
+        refuse_resuming(args, saved)
+        if "epoch" in saved["missing"]:
+            saved["epoch"] = args.start_epoch or 0
+    args.start_epoch = args.start_epoch or 0
+    refuse_training(args)
+    refuse_network(args, excited, architectures)
+    if args.excitation is None and args.arch in excited:
+        args.excitation = "we"
+    if saved and saved["options"]:
+        for name in ("arch", *NETWORK):
+            refuse(
+                getattr(args, name) != saved["options"].get(name),
+                f"{typed(args, name)}: {saved['file']} is of a run with {flag(name)} {saved['options'].get(name)}",
+            )
+    return args, saved
+
+
+def refuse(is_wrong: bool, text: str) -> None:
+    """Raise BadInput where something is wrong."""
+    if is_wrong:
+        raise BadInput(text)
+
+
+def typed(args: argparse.Namespace, name: str) -> str:
+    """An option as one types it."""
+    return f"{flag(name)} {getattr(args, name)}"
+
+
+def of_checkpoint(parser: Parser, saved: dict) -> dict:
+    """The options of a checkpoint's run; it goes on in the folder of its file.
+
+    Raises:
+        BadInput: one of them couldn't have been given.
+    """
+    if not saved["options"]:
+        return {}
+    actions = {action.dest: action for action in parser._actions if action.dest not in (*ONCE, "help")}
+    for name, value in saved["options"].items():
+        action = actions.get(name)
+        is_usable = action is not None and all(
+            accepts(action, part) for part in (value if isinstance(value, list) else [value])
+        )
+        is_list = action is not None and isinstance(action.default, list)
+        refuse(
+            not is_usable or is_list != isinstance(value, list),
+            f"--resume: {saved['file']} is damaged: its options have {name} {value}, which no run has",
+        )
+    return saved["options"] | {"checkpoint": str(saved["file"].parent)}
+
+
+def accepts(action: argparse.Action, value: object) -> bool:
+    """Whether an option can have the value."""
+    if value is None or isinstance(action.default, bool):
+        return type(value) is type(action.default)
+    if action.choices is not None:
+        return value in action.choices
+    if action.type is None:
+        return isinstance(value, str)
+    try:
+        converted = action.type(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return type(converted) is type(value) and converted == value
+
+
+def refuse_output(args: argparse.Namespace, saved: dict | None) -> None:
+    """What --evaluate, --export and --visualize are for, and that they write over nothing."""
+    outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
+    if len(outputs) > 1:
+        raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
+    for name in ("export", "visualize"):
+        if name in outputs:
+            refuse(saved is None, f"{flag(name)}: it needs --resume RUN")
+            refuse(
+                not saved["options"],
+                f"{flag(name)}: {saved['file']} is of another trainer, and its options are not known",
+            )
+    if args.export:
+        refuse_existing("--export", args.export, args.overwrite)
+    if args.visualize:
+        for name in pictures.NAMES:
+            refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
+    if args.evaluate:
+        has_weights = saved is not None or args.pretrained
+        refuse(not has_weights, "--evaluate: there are no weights; give --resume FILE or --pretrained")
+        refuse(
+            args.excitation is not None and saved is None,
+            "--excitation: it would only destroy the pretrained weights; leave it out, or train with it",
+        )
+
+
+def refuse_resuming(args: argparse.Namespace, saved: dict) -> None:
+    """What can't be changed in a run that goes on."""
+    refuse(
+        args.start_epoch is not None and "epoch" not in saved["missing"],
+        "--start-epoch: a resumed run knows its epoch; leave it out",
+    )
+    if saved["step"] and not (args.evaluate or args.export or args.visualize):
+        for name in ("seed", "train_batch", "iter_size"):  # the shuffle and the groups must go on as they were
+            old = saved["options"].get(name)
+            refuse(
+                getattr(args, name) != old,
+                f"{typed(args, name)}: {saved['file']} is in the middle of an epoch with {flag(name)} {old}",
+            )
+
+
+def refuse_training(args: argparse.Namespace) -> None:
+    """What can't be trained or evaluated on this command's devices and data."""
+    refuse(args.data is None, "--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
+    refuse(args.start_epoch >= args.epochs, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
+    ids = args.gpu_id.split(",")
+    refuse(
+        not all(number.isdecimal() for number in ids) or len({*ids}) < len(ids),
+        f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1",
+    )
+    processes = distributed.PROCESSES
+    if not args.evaluate and args.train_batch % processes:
+        fits = -(-args.train_batch // processes) * processes
+        raise BadInput(f"{typed(args, 'train_batch')}: {processes} processes can't share it evenly; {fits} fits")
+
+
+def refuse_network(args: argparse.Namespace, excited: Sequence[str], architectures: Sequence[str]) -> None:
+    """Architectures that there aren't, and weights for them that there aren't."""
+    if args.arch not in architectures:
+        close = ", ".join(difflib.get_close_matches(args.arch, architectures))
+        hint = f"close are {close}" if close else "see --help"
+        raise BadInput(f"--arch {args.arch}: no such architecture; {hint}")
+    refuse(
+        args.pretrained and args.arch in excited,
+        f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some",
+    )
+
+
+def of_run(args: argparse.Namespace) -> dict:
+    """The options that a run hands on to the command that resumes it."""
+    return {name: value for name, value in vars(args).items() if name not in ONCE}
+
+
+def common(args: argparse.Namespace) -> dict:
+    """The options that all processes of a run must have alike."""
+    return {name: value for name, value in vars(args).items() if name not in OWN}
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command with every option of the run."""
+    words = []
+    for name, value in (of_run(args) | {"checkpoint": args.checkpoint, "resume": args.resume}).items():
+        if isinstance(value, list):
+            words += [flag(name), *map(str, value)]
+        elif isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        elif value is not None:
+            words.append(f"{flag(name)}={value}")
+    return distributed.command(words)
+
+
+@contextlib.contextmanager
+def of_network(args: argparse.Namespace) -> Iterator[None]:
+    """Name the flags where a network can't be built with them, or its pretrained weights can't be had."""
+    try:
+        yield
+    except ValueError as error:
+        names = f"--arch {args.arch}{' --pretrained' * args.pretrained} --image-size {args.image_size}"
+        if args.arch.startswith("l_resnext"):
+            names += f" --cardinality {args.cardinality} --base-width {args.base_width}"
+        raise BadInput(f"{names}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if not args.pretrained or args.resume:  # then nothing was read, and it is another failure
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
+
+
+def describe_network(args: argparse.Namespace) -> str:
+    """The architecture and what excites it, in a few words."""
+    if args.excitation is None:
+        return args.arch
+    formulation = "" if args.excitation == "none" else f" ({args.formulation})"
+    return f"{args.arch}, excitation {args.excitation}{formulation}{'' if args.standardize else ', not standardized'}"
