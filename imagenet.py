@@ -13,9 +13,7 @@ import argparse
 import io
 import math
 import os
-import time
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 from torch import nn
@@ -23,13 +21,13 @@ from torch.nn import functional as F
 
 import models
 from models.inspection import inspect_layers
-from models.layers import EXCITATIONS, FORMULATIONS, describe_excitation, excited_once, fold
+from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
 from utils import checkpoint, command, distributed, options, pictures
 from utils.arguments import COUNT, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, cores, path
 from utils.data import Batch, Data, normalize
 from utils.errors import BadInput, NotFinite, RunFailed
 from utils.files import write_output
-from utils.logger import CURVES, Logger
+from utils.logger import Logger
 from utils.meters import Progress, Scores, batch_sums
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
@@ -38,20 +36,17 @@ from utils.signals import Stop, Stopped
 def build_parser() -> Parser:
     """The command line; each help text gives the unit and, in brackets, the default."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    demo = "draw ten classes of shapes into data/demo, and train l_resnet18 on them\nin about a minute"
     archs = f"{', '.join(models.EXCITED)},\nor a torchvision classifier such as resnet50 [%(default)s]"
     we = "we: both halves; mwe, lwe: one; none: only standardization\n[we for l_*, untouched weights for torchvision's]"
     channel = "channel: MWE is the channel gate, LWE the activation map;\n"
     paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
-    lr = "initial learning rate; 0.1 x images of a step / 256 suits [%(default)s]"
-    schedule = "finished epochs after which the rate is multiplied by gamma [30 60]"
 
     add = parser.add_argument_group("data").add_argument
     add("-d", "--data", **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
     add("-j", "--workers", **NATURAL, default=min(cores(), 8), help="processes that load images, in all [%(default)s]")
     add("--image-size", **COUNT, default=224, help="pixels, the side of the network's input [%(default)s]")
     add("--skip-bad-images", **SWITCH, default=False, help="go on without images that can't be decoded [no]")
-    add("--demo", action="store_true", help=demo)
+    add("--demo", action="store_true", help="draw ten classes of shapes, and train on them in about a minute")
 
     add = parser.add_argument_group("network").add_argument
     add("-a", "--arch", default="l_resnet50", metavar="ARCH", help=archs)
@@ -69,9 +64,21 @@ def build_parser() -> Parser:
     add("--train-batch", **COUNT, default=256, help="images of a micro-batch, over all GPUs together [%(default)s]")
     add("--test-batch", **COUNT, default=200, help="images of a validation batch, over all GPUs together [%(default)s]")
     add("--iter-size", **COUNT, default=1, help="micro-batches of an optimizer step [%(default)s]")
-    add("--lr", "--learning-rate", **FACTOR, default=0.1, help=lr)
-    add("--schedule", **NATURAL | {"metavar": "EPOCH"}, nargs="*", default=[30, 60], help=schedule)
-    add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate [%(default)s]")
+    add(
+        "--lr",
+        "--learning-rate",
+        **FACTOR,
+        default=0.1,
+        help="initial; 0.1 x images of a step / 256 suits [%(default)s]",
+    )
+    add(
+        "--schedule",
+        **NATURAL | {"metavar": "EPOCH"},
+        nargs="*",
+        default=[30, 60],
+        help="epochs after which the rate drops [30 60]",
+    )
+    add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD [%(default)s]")
     add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
     add("--seed", "--manualSeed", **NATURAL, default=0, help="of weights, shuffles, crops and dropout [%(default)s]")
@@ -98,25 +105,22 @@ def build_parser() -> Parser:
 def main(argv: list[str]) -> int:
     """One command, from its options to its last line; returns the exit status."""
     args, saved = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
-    if args.export:
-        return export(args, saved)
-    if args.visualize:
-        return visualize(args, saved)
+    if args.export or args.visualize:
+        write = export if args.export else visualize
+        return write(args, saved) if distributed.RANK == 0 else 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
         print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
         return 0
 
     if not args.evaluate:
-        chosen = bool(args.resume) and os.path.isfile(args.resume)
-        run_folder = RunFolder(args.checkpoint, saved, chosen, args.overwrite)  # refuses to lose another run
+        run_folder = RunFolder(args.checkpoint, saved, os.path.isfile(args.resume or ""), args.overwrite)
     devices = distributed.join(args)
     data = Data(args, devices[0], saved)
-    place = (saved["epoch"], saved["step"]) if saved else None
-    distributed.check_same((options.common(args), data.digests, place))
+    distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved)
     if args.evaluate:
         scores = validate(model, data, devices, args)
-        print(f"{saved['file'] if saved else args.arch}: {scores}{scores.describe_left_out()}")
+        print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
         distributed.leave()
         return 0
 
@@ -129,16 +133,17 @@ def main(argv: list[str]) -> int:
             train(run, folder, stop)
         except Stopped as stopped:
             folder.save(run.checkpoint(), run.log)
-            return end(run, folder, stopped)
-        return end(run, folder)
+            distributed.leave()
+            return folder.describe_stop(stopped.number, f"epoch {run.epoch + 1} after {run.step} of {data.steps} steps")
+        distributed.leave()
+        return folder.describe_end(run.best_acc, args.demo)
 
 
 def export(args: argparse.Namespace, saved: dict) -> int:
     """Write the folded weights as a plain state_dict, and say how to load it."""
     contents, classes = io.BytesIO(), len(saved["classes"])
     torch.save(fold(create_model(args, classes, saved)).state_dict(), contents)
-    if distributed.RANK == 0:
-        write_output("--export", args.export, contents.getbuffer())
+    write_output("--export", args.export, contents.getbuffer())
     print(f"{args.export}: the plain weights of {saved['file']}, which load without this project:")
     print(models.loading_lines(args.arch, classes, args.cardinality, args.base_width, args.image_size, args.export))
     return 0
@@ -150,12 +155,9 @@ def visualize(args: argparse.Namespace, saved: dict) -> int:
     if not layers:
         raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
     place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
-    drawn = pictures.draw(layers, f"{options.describe_network(args)}, {place}")
-    for name, picture in drawn.items() if distributed.RANK == 0 else ():
+    for name, picture in pictures.draw(layers, f"{options.describe_network(args)}, {place}").items():
         write_output("--visualize", os.path.join(args.visualize, name), picture)
         print(os.path.join(args.visualize, name))
-    if "gates.png" not in drawn:
-        print(f"No gates.png: --excitation {args.excitation} --formulation {args.formulation} has no gates")
     return 0
 
 
@@ -177,15 +179,12 @@ def create_model(args: argparse.Namespace, num_classes: int, saved: dict | None)
 def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device], saved: dict | None) -> nn.Module:
     """The network with the weights to begin with, on the first device."""
     model = create_model(args, len(data.classes), saved)
-    smallest = math.ceil(args.train_batch / max(len(devices), distributed.PROCESSES))
     with options.of_network(args):
-        batch = args.test_batch if args.evaluate else smallest
+        batch = math.ceil(args.train_batch / max(len(devices), distributed.PROCESSES))
         models.check_input(model, batch, args.image_size, training=not args.evaluate)
     if args.sync_bn and distributed.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    print(f"{args.arch}: {describe_excitation(model)}")
-    if args.excitation in ("we", "mwe") and args.formulation == "channel" and models.has_batch_norm(model):
-        print("BatchNorm cancels the scaling of the channel gate: use --formulation paper with it")
+    print(f"{args.arch}: {models.describe(model)}")
     print(f"Devices: {distributed.describe(devices)}; {args.workers} workers; amp {args.amp}")
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
@@ -239,7 +238,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
     """Train, validate, log and save, epoch by epoch."""
     args = run.args
     while run.epoch < args.epochs:
-        start, label = time.monotonic(), f"Epoch {run.epoch + 1}/{args.epochs}"
+        label = f"Epoch {run.epoch + 1}/{args.epochs}"
         lr = learning_rate(args, run.epoch)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
@@ -251,12 +250,10 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         run.epoch, run.step = run.epoch + 1, 0
         is_best = valid.top1 > run.best_acc
         run.acc, run.best_acc = valid.top1, max(valid.top1, run.best_acc)
-        run.log.append(lr, trained, valid, run.epoch)
+        took = run.log.append(lr, trained, valid, run.epoch)
         is_kept = args.keep_freq > 0 and run.epoch % args.keep_freq == 0
         folder.save(run.checkpoint(), run.log, is_best, is_kept)
-        took = timedelta(seconds=round(time.monotonic() - start))
-        left_out = valid.describe_left_out() if valid.bad_images else ""
-        print(f"{label}  lr {lr:.4g}  train {trained}  valid {valid}{left_out}  {took}")
+        print(f"{label}  lr {lr:.4g}  train {trained}  valid {valid} {valid.describe_images()}  {took}")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -302,9 +299,9 @@ def train_step(run: Run, micro_batches: Iterator[Batch]) -> list[float]:
     # In fp16, gradients overflow until the scaler has lowered its scale, but not at one as small as this.
     may_overflow = scaler.is_enabled() and scaler.get_scale() >= 2**-10
     if not math.isfinite(loss) or not (is_finite or may_overflow):
-        place = f"Epoch {run.epoch + 1}/{args.epochs}, step {run.step + 1}"
-        lr = run.optimizer.param_groups[0]["lr"]
-        raise NotFinite(f"{place}, learning rate {lr:g}: the loss is {loss:.4g} and the largest gradient {norm:.4g}")
+        rate = f"learning rate {learning_rate(args, run.epoch):g}"
+        place = f"Epoch {run.epoch + 1}/{args.epochs}, step {run.step + 1}, {rate}"
+        raise NotFinite(f"{place}: the loss is {loss:.4g} and the largest gradient {norm:.4g}")
     if is_finite:  # a fused optimizer that skips its very first step would keep momentum that was never set
         scaler.step(run.optimizer)
     scaler.update()
@@ -346,24 +343,6 @@ def forward(network: nn.Module, batch: Batch, args: argparse.Namespace) -> tuple
         logits = network(normalize(batch.images, weight))
         loss = F.cross_entropy(logits, targets)
     return loss, batch_sums(logits, targets, loss, batch.bad)
-
-
-def end(run: Run, folder: RunFolder, stopped: Stopped | None = None) -> int:
-    """Say what came of the run and how to go on; returns the exit status."""
-    distributed.leave()
-    if folder.failure:
-        how = f"stopped by {stopped}, and " if stopped else ""
-        raise RunFailed(f"{how}{folder.failure}: this is not saved; the checkpoint before stands")
-    if stopped:
-        print(f"Stopped by {stopped} in epoch {run.epoch + 1} after {run.step} of {run.data.steps} steps; go on with")
-        print(f"  {distributed.command([f'--resume={run.args.checkpoint}'])}")
-        return 128 + stopped.number
-    best = folder.folder / checkpoint.BEST
-    print(f"Best top-1 {run.best_acc:.2f} %{f': {best}' if best.exists() else ''}; curves: {folder.folder / CURVES}")
-    if run.args.demo:
-        print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
-        print(f"  {distributed.command(['-a', 'l_resnet50', '--data', 'DIR'])}")
-    return 0
 
 
 if __name__ == "__main__":

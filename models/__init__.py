@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.excitation import ChannelGate, LocationGate, activation_map
 from models.imagenet import resnet, resnext
-from models.layers import Conv2d, excite, fold
+from models.layers import FORMULATIONS, Conv2d, excite, fold
 
 EXCITED = {
     name: constructor
@@ -70,9 +71,23 @@ def create(
     return model
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether there is a BatchNorm, which divides out what a gate on whole output channels multiplies."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+def describe(model: nn.Module) -> str:
+    """A model's parameters and what excites its weights, in words."""
+    total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excites]
+    if not convs:
+        return f"{total}; plain weights"
+    gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
+    first = convs[0]
+    names = {ChannelGate: "channel gate", LocationGate: "location gate", activation_map: "activation map"}
+    parts = [f"formulation {first.formulation}"] + ["standardized"] * first.standardize
+    for letters, half in FORMULATIONS[first.formulation].items():
+        if first.excitation in ("we", letters):
+            parts.append(f"{letters.upper()} ({names[half]})")
+    text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}"
+    if isinstance(first.gate, ChannelGate) and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        text += "\nBatchNorm cancels the scaling of the channel gate: use --formulation paper with it"
+    return text
 
 
 def _torchvision(arch: str, num_classes: int, pretrained: bool, drop: float, image_size: int) -> nn.Module:

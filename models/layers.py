@@ -208,19 +208,3 @@ def _swap(
                     converted[child] = convert(child)
                 setattr(parent, name, converted[child])
     return module
-
-
-def describe_excitation(model: nn.Module) -> str:
-    """A model's parameters and what excites its weights, in words."""
-    total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excites]
-    if not convs:
-        return f"{total}; plain weights"
-    gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
-    first = convs[0]
-    names = {ChannelGate: "channel gate", LocationGate: "location gate", activation_map: "activation map"}
-    parts = [f"formulation {first.formulation}"] + ["standardized"] * first.standardize
-    for letters, half in FORMULATIONS[first.formulation].items():
-        if first.excitation in ("we", letters):
-            parts.append(f"{letters.upper()} ({names[half]})")
-    return f"{total}, {gates:,} of them in gates; {', '.join(parts)}"

@@ -264,30 +264,24 @@ def load_weights(model: torch.nn.Module, saved: dict) -> None:
     """Load all of the model's weights from the checkpoint's.
 
     Raises:
-        BadInput: names and shapes that don't fit, with what may be the reason.
+        BadInput: names, shapes or types don't fit, with what may be the reason.
     """
     state, file, own = saved["state_dict"], saved["file"], model.state_dict()
-    missing = [name for name in own if name not in state]
-    surplus = [name for name in state if name not in own]
-    unfit = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if missing and not surplus and not unfit and all(".gate." in f".{name}" for name in missing):
+    missing, surplus = ([name for name in one if name not in other] for one, other in ((own, state), (state, own)))
+    if missing and not surplus and all(".gate." in f".{name}" for name in missing):
         raise BadInput(
             f"--resume: {file} has no weights for the gates ({missing[0]}, ...); "
             "--excitation none evaluates weights that were trained without them"
         )
-    for names, what in ((missing, "lacks"), (surplus, "has, and the network lacks,")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise BadInput(f"--resume: {file} doesn't fit the architecture: it {what} {names[0]}{more}; see -a")
-    if unfit:
-        shapes = f"{list(state[unfit[0]].shape)}, and the network {list(own[unfit[0]].shape)}"
-        raise BadInput(
-            f"--resume: {file} has {unfit[0]} as {shapes}: "
-            "give the architecture and as many classes as it was trained with"
-        )
+    if missing or surplus:
+        what = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which the network lacks"
+        more = f" and {len(missing) + len(surplus) - 1} more don't fit" if len(missing) + len(surplus) > 1 else ""
+        raise BadInput(f"--resume: {file} doesn't fit the architecture: it {what}{more}; see -a")
     for name, value in own.items():
-        if state[name].dtype != value.dtype:
-            raise BadInput(f"--resume: {file} has {name} in {state[name].dtype}, and the network in {value.dtype}")
+        if (state[name].shape, state[name].dtype) != (value.shape, value.dtype):
+            kinds = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (state[name], value)]
+            hint = "give the architecture and as many classes as it was trained with"
+            raise BadInput(f"--resume: {file} has {name} as {kinds[0]}, and the network {kinds[1]}: {hint}")
     model.load_state_dict(state)
 
 

@@ -7,6 +7,8 @@ import contextlib
 import itertools
 import math
 import os
+import time
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,16 +72,18 @@ class Logger:
     """
 
     def __init__(self, title: str):
-        self.title, self.changed = title, True
+        self.title, self.changed, self.start = title, True, time.monotonic()
         self.rows: list[list[float]] = []
 
-    def append(self, lr: float, trained: Scores, valid: Scores, epoch: int) -> None:
-        """Add the row of an epoch, in the order of COLUMNS."""
+    def append(self, lr: float, trained: Scores, valid: Scores, epoch: int) -> timedelta:
+        """Add the row of an epoch, in the order of COLUMNS; returns the time since the last one."""
         accuracies = trained.top1, valid.top1, trained.top5, valid.top5
         bad = trained.bad_images + valid.bad_images
         row = (lr, trained.loss, valid.loss, *accuracies, epoch, bad, trained.skipped_steps)
         self.rows.append([float(value) for value in row])
         self.changed = True
+        took, self.start = time.monotonic() - self.start, time.monotonic()
+        return timedelta(seconds=round(took))
 
     def changes(self) -> dict[str, bytes]:
         """The contents of the log and of its curves, unless they are as they were at the last call."""

@@ -73,11 +73,11 @@ class Scores:
     def top5(self) -> float:
         return 100 * self.sums[2] / max(self.images, 1)
 
-    def describe_left_out(self) -> str:
-        """Over how many images the scores of a validation are."""
-        if not self.bad_images:
-            return f" over {self.images:,} images"
-        return f" over {self.images:,} of {self.images + self.bad_images:,} images; the others can't be decoded"
+    def describe_images(self) -> str:
+        """Over how many images they are, of how many."""
+        total = self.images + self.bad_images
+        left_out = f" of {total:,}" if self.bad_images else ""
+        return f"over {self.images:,}{left_out} images" + (", as the others can't be decoded" if left_out else "")
 
     def __str__(self) -> str:
         skipped = f" ({self.skipped_steps} steps skipped: fp16 overflowed)" if self.skipped_steps else ""

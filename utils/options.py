@@ -54,23 +54,16 @@ def resolve(
     run = of_checkpoint(parser, saved) if saved else {}
     args = argparse.Namespace(**defaults | demo | run | given)
     args.checkpoint = args.checkpoint or f"checkpoints/imagenet/{args.arch}"
-    refuse_output(args, saved)
+    if args.excitation is None and args.arch in excited:
+        args.excitation = "we"
     if saved:
-        refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
-        refuse_resuming(args, saved)
+        check_resuming(args, saved, given)
         if "epoch" in saved["missing"]:
             saved["epoch"] = args.start_epoch or 0
     args.start_epoch = args.start_epoch or 0
-    refuse_training(args)
-    refuse_network(args, excited, architectures)
-    if args.excitation is None and args.arch in excited:
-        args.excitation = "we"
-    if saved and saved["options"]:
-        for name in ("arch", *NETWORK):
-            refuse(
-                getattr(args, name) != saved["options"].get(name),
-                f"{typed(args, name)}: {saved['file']} is of a run with {flag(name)} {saved['options'].get(name)}",
-            )
+    check_outputs(args, saved, given)
+    check_training(args)
+    check_network(args, excited, architectures)
     return args, saved
 
 
@@ -122,72 +115,64 @@ def accepts(action: argparse.Action, value: object) -> bool:
     return type(converted) is type(value) and converted == value
 
 
-def refuse_output(args: argparse.Namespace, saved: dict | None) -> None:
-    """What --evaluate, --export and --visualize are for, and that they write over nothing."""
+def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
+    """What can't be changed in a run that goes on."""
+    knows_epoch = "epoch" not in saved["missing"]
+    refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
+    refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
+    fixed = dict.fromkeys(("arch", *NETWORK), "of a run") if saved["options"] else {}
+    if saved["step"] and not (args.evaluate or args.export or args.visualize):
+        # The shuffle and the groups must go on as they were.
+        fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
+    for name, where in fixed.items():
+        old = saved["options"].get(name)
+        refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
+
+
+def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> None:
+    """That --evaluate, --export and --visualize have something to work on, and write over nothing."""
     outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
     if len(outputs) > 1:
         raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
-    for name in ("export", "visualize"):
-        if name in outputs:
-            refuse(saved is None, f"{flag(name)}: it needs --resume RUN")
-            refuse(
-                not saved["options"],
-                f"{flag(name)}: {saved['file']} is of another trainer, and its options are not known",
-            )
-    if args.export:
-        refuse_existing("--export", args.export, args.overwrite)
-    if args.visualize:
-        for name in pictures.NAMES:
-            refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
     if args.evaluate:
         has_weights = saved is not None or args.pretrained
         refuse(not has_weights, "--evaluate: there are no weights; give --resume FILE or --pretrained")
         refuse(
-            args.excitation is not None and saved is None,
+            "excitation" in given and saved is None,
             "--excitation: it would only destroy the pretrained weights; leave it out, or train with it",
         )
+    elif outputs:
+        refuse(saved is None, f"{flag(outputs[0])}: it needs --resume RUN")
+        if not saved["options"]:
+            raise BadInput(f"{flag(outputs[0])}: {saved['file']} is of another trainer; its options are not known")
+    if args.export:
+        refuse_existing("--export", args.export, args.overwrite)
+    for name in pictures.NAMES if args.visualize else ():
+        refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
 
 
-def refuse_resuming(args: argparse.Namespace, saved: dict) -> None:
-    """What can't be changed in a run that goes on."""
-    refuse(
-        args.start_epoch is not None and "epoch" not in saved["missing"],
-        "--start-epoch: a resumed run knows its epoch; leave it out",
-    )
-    if saved["step"] and not (args.evaluate or args.export or args.visualize):
-        for name in ("seed", "train_batch", "iter_size"):  # the shuffle and the groups must go on as they were
-            old = saved["options"].get(name)
-            refuse(
-                getattr(args, name) != old,
-                f"{typed(args, name)}: {saved['file']} is in the middle of an epoch with {flag(name)} {old}",
-            )
-
-
-def refuse_training(args: argparse.Namespace) -> None:
-    """What can't be trained or evaluated on this command's devices and data."""
+def check_training(args: argparse.Namespace) -> None:
+    """That there is something to train on, and as many parts of it as processes."""
     refuse(args.data is None, "--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
-    refuse(args.start_epoch >= args.epochs, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
+    ended = args.start_epoch >= args.epochs
+    refuse(ended, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
     ids = args.gpu_id.split(",")
-    refuse(
-        not all(number.isdecimal() for number in ids) or len({*ids}) < len(ids),
-        f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1",
-    )
+    is_list = all(number.isdecimal() for number in ids) and len({*ids}) == len(ids)
+    refuse(not is_list, f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1")
     processes = distributed.PROCESSES
     if not args.evaluate and args.train_batch % processes:
         fits = -(-args.train_batch // processes) * processes
         raise BadInput(f"{typed(args, 'train_batch')}: {processes} processes can't share it evenly; {fits} fits")
 
 
-def refuse_network(args: argparse.Namespace, excited: Sequence[str], architectures: Sequence[str]) -> None:
-    """Architectures that there aren't, and weights for them that there aren't."""
+def check_network(args: argparse.Namespace, excited: Sequence[str], architectures: Sequence[str]) -> None:
+    """That there is such an architecture, with such weights."""
     if args.arch not in architectures:
         close = ", ".join(difflib.get_close_matches(args.arch, architectures))
         hint = f"close are {close}" if close else "see --help"
         raise BadInput(f"--arch {args.arch}: no such architecture; {hint}")
-    refuse(
-        args.pretrained and args.arch in excited,
-        f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some",
-    )
+    no_weights = args.pretrained and args.arch in excited
+    refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 
 
 def of_run(args: argparse.Namespace) -> dict:

@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
 
 from utils import distributed
 from utils.checkpoint import BEST, KEPT, LAST, PREVIOUS, serialize
-from utils.errors import BadInput
+from utils.errors import BadInput, RunFailed
 from utils.files import write_atomically
 from utils.logger import CURVES, LOG, Logger
 
@@ -133,6 +134,26 @@ class RunFolder:
             for stale in {*(self.folder / name for name in RESULTS), *self._kept()}:
                 if stale.name not in self.unwritten:
                     stale.unlink(missing_ok=True)
+
+    def describe_stop(self, number: int, place: str) -> int:
+        """Say how to go on with a run that a signal has ended at some place; returns the exit status."""
+        name = signal.Signals(number).name
+        if self.failure:
+            raise RunFailed(f"stopped by {name}, and {self.failure}; the last checkpoint stands")
+        print(f"Stopped by {name} in {place}; go on with")
+        print(f"  {distributed.command([f'--resume={self.folder}'])}")
+        return 128 + number
+
+    def describe_end(self, best_acc: float, is_demo: bool) -> int:
+        """Say what came of a run; returns the exit status."""
+        if self.failure:
+            raise RunFailed(f"{self.failure}: the run has ended, and this is not saved")
+        best = self.folder / BEST
+        print(f"Best top-1 {best_acc:.2f} %{f': {best}' if best.exists() else ''}; curves: {self.folder / CURVES}")
+        if is_demo:
+            print("Next, your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
+            print(f"  {distributed.command(['-a', 'l_resnet50', '--data', 'DIR'])}")
+        return 0
 
 
 def take_lock(folder: Path) -> int:

@@ -135,6 +135,11 @@ def test_unknown_architecture():
         models.create("resnet51")
 
 
-def test_batch_norm_is_seen():
-    assert models.has_batch_norm(models.create("resnet18"))
-    assert not models.has_batch_norm(models.create("l_resnet18"))
+def test_description():
+    channel = models.describe(models.create("resnet18", excitation="we"))
+    assert "formulation channel, standardized, MWE (channel gate), LWE (activation map)\nBatchNorm cancels" in channel
+    assert "BatchNorm" not in models.describe(models.create("l_resnet18"))
+    paper = Conv2d(16, 32, 1, excitation="lwe", formulation="paper", standardize=False)
+    assert models.describe(paper).endswith("49 of them in gates; formulation paper, LWE (location gate)")
+    plain = Conv2d(16, 32, 1, excitation="none", standardize=False)
+    assert models.describe(plain) == models.describe(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"

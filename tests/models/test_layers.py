@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from models.excitation import ChannelGate, LocationGate, activation_map
-from models.layers import FORMULATIONS, Conv2d, describe_excitation, excite, excited_once, fold, is_depthwise
+from models.layers import FORMULATIONS, Conv2d, excite, excited_once, fold, is_depthwise
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 
@@ -64,6 +64,7 @@ def test_depthwise_is_left_plain():
     assert conv.gate is None
     assert conv.excited_weight() is not None
     assert torch.equal(conv.excited_weight(), conv.weight)
+    assert is_depthwise(conv)
     network = excite(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(1, 4, 3)))
     assert [type(layer) is nn.Conv2d for layer in network] == [True, False, False]
 
@@ -121,18 +122,6 @@ def test_dataparallel_on_gpus(formulation):
     x = torch.randn(4, 4, 5, 5, device="cuda")
     devices = list(range(torch.cuda.device_count()))
     torch.testing.assert_close(nn.DataParallel(conv, devices)(x), conv(x))
-
-
-def test_description():
-    assert describe_excitation(Conv2d(16, 32, 1)).endswith(
-        "formulation channel, standardized, MWE (channel gate), LWE (activation map)"
-    )
-    paper = Conv2d(16, 32, 1, excitation="lwe", formulation="paper", standardize=False)
-    assert describe_excitation(paper).endswith("49 of them in gates; formulation paper, LWE (location gate)")
-    assert describe_excitation(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"
-    plain = Conv2d(16, 32, 1, excitation="none", standardize=False)
-    assert describe_excitation(plain) == "544 parameters; plain weights"
-    assert is_depthwise(nn.Conv2d(4, 4, 1, groups=4))
 
 
 def test_the_map_is_one_function_for_both():
