@@ -2,11 +2,11 @@
 """Train weight-excited ResNets, or any torchvision classifier, on folders of images.
 
     python imagenet.py -a l_resnet50 --data DIR              train
-    python imagenet.py --resume RUN                          go on from the optimizer step where it stopped
+    python imagenet.py --resume RUN                          continue at the optimizer step where it stopped
     python imagenet.py -e --resume RUN                       evaluate
     torchrun --nproc-per-node 4 imagenet.py ...              the same, in several processes
 
-main() is the whole story; its steps follow in the order in which it takes them.
+main() tells the story; its steps follow, the side paths --export and --visualize first.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     """The command line; each help text gives the unit and, in brackets, the default."""
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     archs = f"{', '.join(models.EXCITED)},\nor a torchvision classifier such as resnet50 [%(default)s]"
-    we = "we: both halves; mwe, lwe: one; none: only standardization\n[we for l_*, untouched weights for torchvision's]"
+    we = "we: both halves; mwe, lwe: one; none: only standardization\n[we for l_*; torchvision's stay plain]"
     channel = "channel: MWE is the channel gate, LWE the activation map;\n"
     paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
 
@@ -45,13 +45,13 @@ def build_parser() -> Parser:
     add("-d", "--data", **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
     add("-j", "--workers", **NATURAL, default=min(cores(), 8), help="processes that load images, in all [%(default)s]")
     add("--image-size", **COUNT, default=224, help="pixels, the side of the network's input [%(default)s]")
-    add("--skip-bad-images", **SWITCH, default=False, help="go on without images that can't be decoded [no]")
+    add("--skip-bad-images", **SWITCH, default=False, help="leave out images that can't be decoded [no]")
     add("--demo", action="store_true", help="draw ten classes of shapes, and train on them in about a minute")
 
     add = parser.add_argument_group("network").add_argument
     add("-a", "--arch", default="l_resnet50", metavar="ARCH", help=archs)
     add("--cardinality", **COUNT, default=32, help="groups of l_resnext* [%(default)s]")
-    add("--base-width", **COUNT, default=4, help="channels of a group of l_resnext*, in its first stage [%(default)s]")
+    add("--base-width", **COUNT, default=4, help="channels per group of l_resnext*, in its first stage [%(default)s]")
     add("--excitation", choices=EXCITATIONS, help=we)
     add("--formulation", choices=FORMULATIONS, default="channel", help=channel + paper)
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")
@@ -59,18 +59,12 @@ def build_parser() -> Parser:
     add("--pretrained", **SWITCH, default=False, help="start from torchvision's weights [no]")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", **COUNT, default=90, help="epochs in all [%(default)s]")
+    add("--epochs", **COUNT, default=90, help="total epochs [%(default)s]")
     add("--start-epoch", **NATURAL, help="epochs that count as done [0]")
-    add("--train-batch", **COUNT, default=256, help="images of a micro-batch, over all GPUs together [%(default)s]")
-    add("--test-batch", **COUNT, default=200, help="images of a validation batch, over all GPUs together [%(default)s]")
-    add("--iter-size", **COUNT, default=1, help="micro-batches of an optimizer step [%(default)s]")
-    add(
-        "--lr",
-        "--learning-rate",
-        **FACTOR,
-        default=0.1,
-        help="initial; 0.1 x images of a step / 256 suits [%(default)s]",
-    )
+    add("--train-batch", **COUNT, default=256, help="images per micro-batch, over all GPUs together [%(default)s]")
+    add("--test-batch", **COUNT, default=200, help="images per validation batch, over all GPUs together [%(default)s]")
+    add("--iter-size", **COUNT, default=1, help="micro-batches per optimizer step [%(default)s]")
+    add("--lr", "--learning-rate", **FACTOR, default=0.1, help="try 0.1 x images of a step / 256 [%(default)s]")
     add(
         "--schedule",
         **NATURAL | {"metavar": "EPOCH"},
@@ -81,14 +75,14 @@ def build_parser() -> Parser:
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD [%(default)s]")
     add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
-    add("--seed", "--manualSeed", **NATURAL, default=0, help="of weights, shuffles, crops and dropout [%(default)s]")
+    add("--seed", "--manualSeed", **NATURAL, default=0, help="seeds weights, shuffles, crops and dropout [%(default)s]")
 
     add = parser.add_argument_group("run").add_argument
     add("-c", "--checkpoint", **FOLDER, help="folder that the run is written to [checkpoints/imagenet/ARCH]")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     add("--save-freq", **NATURAL, default=0, help="optimizer steps between checkpoints; 0: each epoch [%(default)s]")
     add("--keep-freq", **NATURAL, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")
-    add("--resume", type=path, metavar="RUN", help="go on with a run: its folder, or a checkpoint file")
+    add("--resume", type=path, metavar="RUN", help="continue a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
     add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
     add("--visualize", **FOLDER, help="draw the weights and gates of --resume")
@@ -113,7 +107,7 @@ def main(argv: list[str]) -> int:
         return 0
 
     if not args.evaluate:
-        run_folder = RunFolder(args.checkpoint, saved, os.path.isfile(args.resume or ""), args.overwrite)
+        folder = RunFolder(args.checkpoint, saved, os.path.isfile(args.resume or ""), overwrite=args.overwrite)
     devices = distributed.join(args)
     data = Data(args, devices[0], saved)
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
@@ -127,11 +121,11 @@ def main(argv: list[str]) -> int:
     run = Run(args, model, data, devices)
     if saved:
         run.restore(saved)
-    with run_folder as folder, Stop() as stop:
+    with folder, Stop() as stop:
         folder.note(f"# as typed\n{distributed.command(argv)}\n# every option\n{options.command(args)}\n")
         try:
             train(run, folder, stop)
-        except Stopped as stopped:
+        except Stopped as stopped:  # by a signal, between two steps
             folder.save(run.checkpoint(), run.log)
             distributed.leave()
             return folder.describe_stop(stopped.number, f"epoch {run.epoch + 1} after {run.step} of {data.steps} steps")
@@ -165,21 +159,21 @@ def create_model(args: argparse.Namespace, num_classes: int, saved: dict | None)
     """The network with the weights to begin with, on the CPU."""
     pretrained = args.pretrained and saved is None
     torch.manual_seed(args.seed)
-    with options.of_network(args):
+    with options.refusing_network(args):
         known = models.pretrained_classes(args.arch) if pretrained and args.evaluate else num_classes
         if known != num_classes:
-            raise ValueError(f"its weights know {known} classes, --data has {num_classes}")
-        network = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
-        model = models.create(args.arch, num_classes=num_classes, pretrained=pretrained, **network)
+            raise ValueError(f"its weights are for {known} classes, --data has {num_classes}")
+        settings = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
+        model = models.create(args.arch, num_classes=num_classes, pretrained=pretrained, **settings)
     if saved:
         checkpoint.load_weights(model, saved)
     return model
 
 
 def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device], saved: dict | None) -> nn.Module:
-    """The network with the weights to begin with, on the first device."""
+    """The same, checked to take the images, on the first device."""
     model = create_model(args, len(data.classes), saved)
-    with options.of_network(args):
+    with options.refusing_network(args):
         batch = math.ceil(args.train_batch / max(len(devices), distributed.PROCESSES))
         models.check_input(model, batch, args.image_size, training=not args.evaluate)
     if args.sync_bn and distributed.PROCESSES > 1:
@@ -196,13 +190,13 @@ class Run:
         self.args, self.model, self.data, self.devices = args, model, data, devices
         if args.compile:
             model.compile()
-        self.network = distributed.parallel(model, devices)
+        self.network = distributed.parallel(model, devices)  # the model over all devices
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
         self.epoch, self.step = args.start_epoch, 0  # finished epochs, and optimizer steps of the one after them
-        self.acc = self.best_acc = -1.0
+        self.acc = self.best_acc = -1.0  # validation top-1 in percent; -1 before the first one
         self.scores = Scores()  # of the unfinished epoch
 
     def checkpoint(self) -> dict:
@@ -280,13 +274,13 @@ def train_step(run: Run, micro_batches: Iterator[Batch]) -> list[float]:
     """One optimizer step over ``iter_size`` micro-batches; returns what it adds to the scores.
 
     Raises:
-        NotFinite: a loss or gradient is not; the weights have not been touched.
+        NotFinite: a loss or gradient is not finite; the weights are unchanged.
     """
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
     with excited_once(network, args.compile):  # the weights are excited here, once for all micro-batches
         for index, batch in enumerate(micro_batches, 1):
-            # Reduced once: in the last backward pass and, for what is excited, in that of the excitation.
-            with distributed.gather_only(network, is_last=index == args.iter_size):
+            # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
+            with distributed.reduce_if(index == args.iter_size, network):
                 loss, batch_sum = forward(network, batch, args)
                 scaler.scale(loss / args.iter_size).backward()
             sums = sums + batch_sum
@@ -294,15 +288,15 @@ def train_step(run: Run, micro_batches: Iterator[Batch]) -> list[float]:
     # Max norm: a sum of squares can overflow although every gradient is finite.
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, math.inf).double()
-    *sums, norm = distributed.total(torch.cat([sums, norm[None]])).tolist()  # the one read of the device
-    loss, is_finite = sums[0] / sums[3], math.isfinite(norm)
-    # In fp16, gradients overflow until the scaler has lowered its scale, but not at one as small as this.
+    *sums, norm = distributed.total(torch.cat([sums, norm[None]])).tolist()  # the only read of the device
+    loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
+    # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
     may_overflow = scaler.is_enabled() and scaler.get_scale() >= 2**-10
     if not math.isfinite(loss) or not (is_finite or may_overflow):
         rate = f"learning rate {learning_rate(args, run.epoch):g}"
         place = f"Epoch {run.epoch + 1}/{args.epochs}, step {run.step + 1}, {rate}"
-        raise NotFinite(f"{place}: the loss is {loss:.4g} and the largest gradient {norm:.4g}")
-    if is_finite:  # a fused optimizer that skips its very first step would keep momentum that was never set
+        raise NotFinite(f"{place}: the loss is {loss:.4g}" + (not is_finite) * f", the largest gradient {norm:.4g}")
+    if is_finite:  # the scaler would let a fused SGD that skips its first step keep uninitialized momentum
         scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad()
@@ -324,7 +318,7 @@ def validate(
     for batch in progress.track(data.validation()):
         if len(batch.images) > 0:
             sums += forward(network, batch, args)[1]
-        else:
+        else:  # none could be decoded, or this process has no part of a small batch
             sums[4] += batch.bad
         if stop is not None:
             stop.check()

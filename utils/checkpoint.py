@@ -41,21 +41,11 @@ LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PREVIOUS = "checkpoint.prev.pth.tar"
 KEPT = "checkpoint.epoch{}.pth.tar"  # of --keep-freq
 KEYS = {
-    "epoch": int,
-    "step": int,
-    "arch": str,
-    "classes": list,
-    "state_dict": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "best_acc": float,
-    "acc": float,
-    "sums": list,
-    "log": list,
-    "images": str,
-    "rng": dict,
-    "options": dict,
-    "versions": dict,
+    **dict.fromkeys(("epoch", "step"), int),
+    **dict.fromkeys(("best_acc", "acc"), float),
+    **dict.fromkeys(("arch", "images"), str),
+    **dict.fromkeys(("classes", "sums", "log"), list),
+    **dict.fromkeys(("state_dict", "optimizer", "scaler", "rng", "options", "versions"), dict),
 }
 
 
@@ -225,20 +215,17 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
     def floats(values: object, count: int) -> bool:
         return isinstance(values, list) and len(values) == count and all(type(value) is float for value in values)
 
+    sums, log, state = checkpoint["sums"], checkpoint["log"], checkpoint["optimizer"].get("state")
     usable = {
         "epoch": checkpoint["epoch"] >= 0,
         "step": checkpoint["step"] >= 0,
         "best_acc": math.isfinite(checkpoint["best_acc"]),
         "acc": math.isfinite(checkpoint["acc"]),
-        "sums": floats(checkpoint["sums"], len(Scores().sums)) and all(map(math.isfinite, checkpoint["sums"])),
-        "log": all(floats(row, len(COLUMNS)) for row in checkpoint["log"])
-        and len(checkpoint["log"]) <= checkpoint["epoch"],
+        "sums": floats(sums, len(Scores().sums)) and all(map(math.isfinite, sums)),
+        "log": all(floats(row, len(COLUMNS)) for row in log) and len(log) <= checkpoint["epoch"],
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
-        "options": checkpoint["options"].get("arch") == checkpoint["arch"]
-        and all(
-            _is_a(number, int) for value in checkpoint["options"].values() if type(value) is list for number in value
-        ),
-        "optimizer": _are_finite(checkpoint["optimizer"].get("state")),
+        "options": checkpoint["options"].get("arch") == checkpoint["arch"],
+        "optimizer": _are_finite(state),
         "versions": all(isinstance(text, str) for text in checkpoint["versions"].values()),
     }
     return [key for key, is_usable in usable.items() if not is_usable]

@@ -2,6 +2,7 @@
 
 import argparse
 import bisect
+import contextlib
 import errno
 import functools
 import hashlib
@@ -140,20 +141,23 @@ class ImageFolder(Dataset):
 
 def _classes(folder: str) -> list[str]:
     """The folders in it that aren't hidden, in order."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    except OSError as error:
-        raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
+    with _listing(folder), os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
 
 
 def _images(folder: str) -> list[bytes]:
     """The names of the images in it that aren't hidden, in order; by their names alone, as there may be millions."""
-    try:
+    with _listing(folder):
         names = os.listdir(os.fsencode(folder))
+    return sorted([name for name in names if name[0] != DOT and name.lower().endswith(EXTENSIONS)])
+
+
+@contextlib.contextmanager
+def _listing(folder: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
-    return sorted([name for name in names if name[0] != DOT and name.lower().endswith(EXTENSIONS)])
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -165,13 +169,11 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
     for one, other, name in ((train, val, "val"), (val, train, "train")):
         missing = sorted(set(one.classes) - set(other.classes))
         if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise BadInput(
-                f"--data: {name} has no folder for {_some(missing)}; train and val must hold the same classes"
+                f"--data: {name} has no folder for the class {missing[0]}{more}; "
+                "train and val must hold the same classes"
             )
-
-
-def _some(names: list[str]) -> str:
-    return f"the class {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:

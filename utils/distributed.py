@@ -192,7 +192,7 @@ def over_devices(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
 
 
-def gather_only(network: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
-    """For all micro-batches of a step but the last: gradients gather in each process and aren't reduced yet."""
+def reduce_if(is_last: bool, network: nn.Module) -> contextlib.AbstractContextManager:
+    """Over processes, reduce the gradients of the last micro-batch only; those before gather in each process."""
     is_ddp = isinstance(network, DistributedDataParallel)
     return network.no_sync() if is_ddp and not is_last else contextlib.nullcontext()

@@ -199,7 +199,7 @@ def command(args: argparse.Namespace) -> str:
 
 
 @contextlib.contextmanager
-def of_network(args: argparse.Namespace) -> Iterator[None]:
+def refusing_network(args: argparse.Namespace) -> Iterator[None]:
     """Name the flags where a network can't be built with them, or its pretrained weights can't be had."""
     try:
         yield
