@@ -48,7 +48,7 @@ def draw_demo(folder: str | Path) -> None:
 
 def draw(name: str, rng: np.random.Generator) -> Image.Image:
     """One RGB image of class ``name``, its sides 96 to 144 pixels."""
-    size = width, height = tuple(int(side) for side in rng.integers(96, 145, 2))
+    size = width, height = tuple(int(side) for side in rng.integers(64, 97, 2))
     background, foreground = _colours(rng)
     image = _gradient(size, background, rng)
     _clutter(ImageDraw.Draw(image), size, rng)
@@ -56,8 +56,8 @@ def draw(name: str, rng: np.random.Generator) -> Image.Image:
     mask = Image.new("L", (width * scale, height * scale))
     CLASSES[name](ImageDraw.Draw(mask), width * scale, height * scale, rng)
     image.paste(_gradient(size, foreground, rng), mask=mask.resize(size, Image.Resampling.LANCZOS))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
-    noise = rng.normal(0, rng.uniform(2, 14), (height, width, 3))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.7)))
+    noise = rng.normal(0, rng.uniform(2, 8), (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
@@ -66,7 +66,7 @@ def _colours(rng: np.random.Generator) -> np.ndarray:
     while True:
         pair = rng.uniform(0, 255, (2, 3))
         luma = pair @ (0.299, 0.587, 0.114)
-        if abs(luma[1] - luma[0]) > 70:
+        if abs(luma[1] - luma[0]) > 110:
             return pair[luma.argsort()]
 
 
@@ -81,25 +81,24 @@ def _gradient(size: tuple[int, int], colour: np.ndarray, rng: np.random.Generato
 
 def _clutter(draw: ImageDraw.ImageDraw, size: tuple[int, int], rng: np.random.Generator) -> None:
     """Thin lines behind the figure, so that an edge alone tells nothing."""
-    for _ in range(rng.integers(0, 5)):
+    for _ in range(rng.integers(0, 3)):
         ends = rng.uniform(0, 1, (2, 2)) * size
         draw.line([tuple(end) for end in ends], fill=tuple(int(c) for c in rng.integers(0, 256, 3)), width=1)
 
 
 def _tilt(rng: np.random.Generator) -> float:
-    """A rotation of up to 20 degrees, in radians."""
-    return math.radians(rng.uniform(-20, 20))
+    """A rotation of up to 12 degrees, in radians."""
+    return math.radians(rng.uniform(-12, 12))
 
 
 def _scattered(figure: Callable) -> Callable:
-    """One or four of a figure, each (x, y, radius, angle) at random in its cell of a grid."""
+    """Four of a figure, each (x, y, radius, angle) at random in its quarter of the image."""
 
     def figures(draw: ImageDraw.ImageDraw, width: int, height: int, rng: np.random.Generator) -> None:
-        cells = int(rng.integers(1, 3))
-        w, h = width / cells, height / cells
-        for column in range(cells):
-            for row in range(cells):
-                r = rng.uniform(0.36, 0.48) * min(w, h)
+        w, h = width / 2, height / 2
+        for column in range(2):
+            for row in range(2):
+                r = rng.uniform(0.42, 0.48) * min(w, h)
                 x, y = column * w + rng.uniform(r, w - r), row * h + rng.uniform(r, h - r)
                 figure(draw, x, y, r, _tilt(rng) - math.pi / 2)
 
@@ -123,24 +122,17 @@ def _crescent(draw, x, y, r, angle):
 def _cross(draw, x, y, r, angle):
     for a in (angle, angle + math.pi / 2):
         dx, dy = r * math.cos(a), r * math.sin(a)
-        draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=max(round(0.5 * r), 1))
+        draw.line((x - dx, y - dy, x + dx, y + dy), fill=255, width=max(round(0.4 * r), 1))
 
 
-def _polygon(corners: int, inner: float = 1.0) -> Callable:
-    """A star with that many points, whose inner corners lie at that part of the radius; at 1 a regular polygon."""
-
-    def figure(draw, x, y, r, angle):
-        radii = [r] if inner == 1 else [r, r * inner]
-        count = corners * len(radii)
-        polar = [(radii[k % len(radii)], angle + 2 * math.pi * k / count) for k in range(count)]
-        draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for radius, a in polar], fill=255)
-
-    return figure
+def _triangle(draw, x, y, r, angle):
+    corners = [angle + 2 * math.pi * k / 3 for k in range(3)]
+    draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for a in corners], fill=255)
 
 
 def _lattice(width, height, rng) -> tuple[Callable[[float, float], tuple[float, float]], range]:
     """A rotated, shifted square lattice over the whole image: the place of (i, j), and the range of both."""
-    pitch = rng.uniform(0.13, 0.26) * min(width, height)
+    pitch = rng.uniform(0.18, 0.28) * min(width, height)
     angle, (x, y) = _tilt(rng), rng.uniform(0, 1, 2) * (width, height)
     c, s = pitch * math.cos(angle), pitch * math.sin(angle)
     reach = int(math.hypot(width, height) / pitch) + 2
@@ -161,6 +153,21 @@ def _checks(draw, width, height, rng):
                 draw.polygon([at(i, j), at(i + 1, j), at(i + 1, j + 1), at(i, j + 1)], fill=255)
 
 
+def _grid(draw, width, height, rng):
+    at, steps = _lattice(width, height, rng)
+    for i in steps:
+        draw.line([at(i, steps[0]), at(i, steps[-1])], fill=255, width=max(min(width, height) // 22, 1))
+        draw.line([at(steps[0], i), at(steps[-1], i)], fill=255, width=max(min(width, height) // 22, 1))
+
+
+def _target(draw, width, height, rng):
+    pitch = rng.uniform(0.09, 0.13) * min(width, height)
+    x, y = rng.uniform(0.4, 0.6, 2) * (width, height)
+    for k in reversed(range(int(math.hypot(width, height) / pitch) + 1)):
+        r = (k + 1) * pitch
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=255 * (k % 2 == 0))
+
+
 def _zigzag(draw, width, height, rng):
     at, steps = _lattice(width, height, rng)
     for i in steps[::2]:
@@ -172,11 +179,11 @@ CLASSES = {
     "checks": _checks,
     "crescent": _scattered(_crescent),
     "cross": _scattered(_cross),
-    "diamond": _scattered(_polygon(4)),
     "disc": _scattered(_disc),
+    "grid": _grid,
     "ring": _scattered(_ring),
-    "star": _scattered(_polygon(5, inner=0.42)),
     "stripes": _stripes,
-    "triangle": _scattered(_polygon(3)),
+    "target": _target,
+    "triangle": _scattered(_triangle),
     "zigzag": _zigzag,
 }

@@ -78,7 +78,8 @@ def write_output(flag: str, path: str | Path, contents: bytes | memoryview) -> N
         BadInput: it can't be written.
     """
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if not Path(path).parent.exists():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, contents)
     except OSError as error:
         raise BadInput(f"{flag}: can't write {path}: {error.strerror}") from error

@@ -15,16 +15,16 @@ from utils.arguments import Parser, flag
 from utils.errors import BadInput, RunFailed
 from utils.files import refuse_existing
 
-# What --demo sets in place of the defaults: small images of ten drawn classes, minutes on two cores.
+# What --demo sets in place of the defaults: small images of ten drawn classes, about a minute on two cores.
 DEMO = {
     "data": "data/demo",
     "checkpoint": "checkpoints/demo",
     "arch": "l_resnet18",
-    "image_size": 64,
-    "epochs": 7,
-    "schedule": [5],
+    "image_size": 32,
+    "epochs": 3,
+    "schedule": [2],
     "train_batch": 32,
-    "lr": 0.0125,
+    "lr": 0.006,
 }
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")

@@ -118,22 +118,22 @@ class RunFolder:
             previous = self.folder / PREVIOUS if name == LAST and self.has_last else None
             try:
                 write_atomically(self.folder / name, self.unwritten[name], previous)
+                if name == LAST:
+                    self._remove_replaced()
+                    self.has_last = True
             except OSError as error:
                 self.failure = f"can't write {self.folder / name}: {error.strerror}"
                 print(f"\n{self.failure}; the next save tries again", file=sys.stderr)
                 return
-            if name == LAST:
-                self._remove_replaced()
-                self.has_last = True
         self.unwritten.clear()
 
     def _remove_replaced(self) -> None:
         """There is a first checkpoint of this run: what is left of another one goes."""
         if self.resumed is None:
-            self.resumed = self.folder / LAST
             for stale in {*(self.folder / name for name in RESULTS), *self._kept()}:
                 if stale.name not in self.unwritten:
                     stale.unlink(missing_ok=True)
+            self.resumed = self.folder / LAST
 
     def describe_stop(self, number: int, place: str) -> int:
         """Say how to go on with a run that a signal has ended at some place; returns the exit status."""
