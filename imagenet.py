@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """Train weight-excited ResNets, or any torchvision classifier, on folders of images.
 
-    python imagenet.py -a l_resnet50 --data DIR              train
-    python imagenet.py --resume RUN                          continue at the optimizer step where it stopped
-    python imagenet.py -e --resume RUN                       evaluate
-    torchrun --nproc-per-node 4 imagenet.py ...              the same, in several processes
-
-main() tells the story; its steps follow, the side paths --export and --visualize first.
+python imagenet.py -a l_resnet50 --data DIR              train
+python imagenet.py --resume RUN                          continue at the optimizer step where it stopped
+python imagenet.py -e --resume RUN                       evaluate
+torchrun --nproc-per-node 4 imagenet.py ...              the same, in several processes
 """
 
 import argparse
@@ -97,7 +95,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """One command, from its options to its last line; returns the exit status."""
+    """One command, whose steps follow in their order after --export and --visualize; returns the exit status."""
     args, saved = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
     if args.export or args.visualize:
         write = export if args.export else visualize

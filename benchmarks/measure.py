@@ -1,5 +1,6 @@
-"""What the benchmarks share: runs timed in turn, and tables."""
+"""What the benchmarks share: runs timed in turn, medians over the rounds, and tables."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -9,13 +10,9 @@ MIN_ROUNDS = 3
 
 
 def rounds(runs: dict[str, Callable[[], None]], seconds: float) -> list[dict[str, float]]:
-    """Seconds of each run, round by round: each round does every run once, since the machine's speed drifts.
-
-    Args:
-        seconds: how long to go on; at least three rounds.
-    """
+    """Time the runs in turn, round by round, for so long; within a round the machine's speed drifts less."""
     for run in runs.values():
-        run()  # warm up
+        timed(run)  # warm up
     times, end = [], time.monotonic() + seconds
     while len(times) < MIN_ROUNDS or time.monotonic() < end:
         times.append({name: timed(run) for name, run in runs.items()})
@@ -23,9 +20,7 @@ def rounds(runs: dict[str, Callable[[], None]], seconds: float) -> list[dict[str
 
 
 def timed(run: Callable[[], None]) -> float:
-    """Seconds of one run, with all that it gave the GPU to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Seconds of one run, with all that it gave the GPU to do; before it, the GPU has nothing left to do."""
     start = time.perf_counter()
     run()
     if torch.cuda.is_available():
@@ -33,9 +28,14 @@ def timed(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def table(rows: list[list[str]]) -> None:
-    """Print Markdown; the first row is the header."""
-    print(markdown(rows), end="\n\n", flush=True)
+def median(times: list[dict[str, float]], name: str) -> float:
+    """The median seconds of a run."""
+    return statistics.median(row[name] for row in times)
+
+
+def ratio(times: list[dict[str, float]], name: str, other: str) -> float:
+    """The median, over the rounds, of a run's time over another's."""
+    return statistics.median(row[name] / row[other] for row in times)
 
 
 def markdown(rows: list[list[str]]) -> str:

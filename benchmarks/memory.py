@@ -6,17 +6,21 @@ python -m benchmarks.memory [--image-size N]
 import argparse
 
 import torch
+from torch import Tensor, nn
 
 import models
-from models.layers import Conv2d, fold
+from benchmarks.measure import markdown
+from models.layers import fold
+from utils import command
+from utils.arguments import Parser, number
 
 
-def activation_bytes(model: torch.nn.Module, image_size: int) -> int:
+def activation_bytes(model: nn.Module, image_size: int) -> int:
     """Bytes of activations that autograd keeps for one image, in float32; tensors that share memory count once."""
     batch = 2  # told from the weights, whose first dimension is another
     kept = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         if tensor.dim() == 4 and tensor.shape[0] == batch:
             kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that its address isn't used again
         return tensor
@@ -26,25 +30,20 @@ def activation_bytes(model: torch.nn.Module, image_size: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // batch
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--image-size", type=int, default=224, metavar="N", help="pixels [224]")
-    image_size = parser.parse_args().image_size
-    size = f"MiB an image of {image_size} pixels"
-    columns = ("network", "parameters, M", "gates `channel`, M", "gates `paper`, M", size)
-    print(f"| {' | '.join(columns)} |")
-    print("| --- | --- | --- | --- | --- |")
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=number(int, 1), default=224, metavar="N", help="pixels [224]")
+    size = parser.parse_args(argv).image_size
+    rows = [["network", "parameters, M", "gates `channel`, M", "gates `paper`, M", f"MiB an image of {size} pixels"]]
     for arch in models.EXCITED:
-        gates = []
-        for formulation in ("channel", "paper"):
-            model = models.create(arch, formulation=formulation)
-            convs = [module for module in model.modules() if isinstance(module, Conv2d)]
-            gates.append(sum(p.numel() for conv in convs for p in conv.gate.parameters()))
-        plain = fold(model)
-        parameters = sum(parameter.numel() for parameter in plain.parameters())
-        row = (parameters / 1e6, *(count / 1e6 for count in gates), activation_bytes(plain, image_size) / 2**20)
-        print(f"| `{arch}` | {row[0]:.1f} | {row[1]:.1f} | {row[2]:.1f} | {row[3]:.0f} |", flush=True)
+        networks = [models.create(arch, formulation=formulation) for formulation in ("channel", "paper")]
+        plain = fold(networks[0])
+        parameters, *excited = (sum(p.numel() for p in model.parameters()) / 1e6 for model in (plain, *networks))
+        gates = [f"{count - parameters:.1f}" for count in excited]
+        rows.append([f"`{arch}`", f"{parameters:.1f}", *gates, f"{activation_bytes(plain, size) / 2**20:.0f}"])
+    print(markdown(rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    command.script(main, "benchmarks.memory")

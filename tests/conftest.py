@@ -1,22 +1,36 @@
 """Fixtures that more than one test file needs."""
 
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-import imagenet
-from tests.helpers import draw_folder
-from utils.signals import ENDING, REQUESTS
+from tests.helpers import EXCITED, draw_folder, register_tiny, run_command
+from utils.signals import ENDING, Stop
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interruptible() -> None:
-    """A shell has what it starts in the background ignore Ctrl-C, and what the tests start would inherit that."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def surroundings() -> Iterator[None]:
+    """One thread, as several that wait for each other take a busy machine's whole time; and a small network.
+
+    What a shell starts in the background ignores some signals, and what the tests start would inherit that.
+    """
+    register_tiny()
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -25,39 +39,46 @@ def images(tmp_path_factory) -> Path:
     return draw_folder(tmp_path_factory.mktemp("images"), {"train": 6, "val": 3})
 
 
+@pytest.fixture(scope="session")
+def finished(images, tmp_path_factory) -> Path:
+    """A run of two epochs; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run_command(*EXCITED, "-d", images, "--epochs", 2, "-c", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run imagenet.py's main() with these words; gives the exit status, stdout and stderr."""
+    """Run imagenet.py with these words, in this process; gives the exit status, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["imagenet.py"])
 
-    def run(*words) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["imagenet.py", *map(str, words)])
+    def call(*words) -> SimpleNamespace:
         capsys.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (*ENDING, *REQUESTS)}
-        try:
-            status = imagenet.main()
-        except SystemExit as exit:  # --help
-            status = exit.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        status = run_command(*words)
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, out=out, err=err)
 
-    return run
+    return call
 
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Send the coming run a SIGTERM after so many optimizer steps and validation batches."""
+    """Send the coming run a signal after so many optimizer steps and validation batches, and no later run."""
 
-    def set_up(steps: int) -> None:
-        interrupted, checks = imagenet.Training.interrupted, iter(range(1, 10**6))
+    def set_up(steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+        check, checks = Stop.check, iter(range(1, 10**6))
 
-        def counting(training) -> bool:
+        def counting(stop: Stop) -> None:
             if next(checks) == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return interrupted(training)
+                os.kill(os.getpid(), number)
+            check(stop)
 
-        monkeypatch.setattr(imagenet.Training, "interrupted", counting)
+        monkeypatch.setattr(Stop, "check", counting)
 
     return set_up

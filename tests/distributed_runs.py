@@ -1,11 +1,7 @@
-"""What the processes of tests/test_torchrun.py run: imagenet.py with a change, or a count of what is reduced."""
+"""What the processes of tests/test_torchrun.py run: imagenet.py with l_tiny and a change, or a count of bytes."""
 
 import os
-import sys
-
-import utils.launcher  # noqa: F401 first, as in imagenet.py
-
-# isort: split
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -13,31 +9,46 @@ from torch.nn.parallel import DistributedDataParallel
 
 import imagenet
 import models
+from tests.helpers import register_tiny
+from utils import command
 from utils.data import Batch
+from utils.signals import Stopped
+
+RANK = os.environ["RANK"]
 
 
-def main() -> int:
+def main(argv: list[str]) -> int:
     """The first word says what is changed; the others are the command's."""
-    change = sys.argv.pop(1)
+    change, *words = argv
+    if change == "bytes":
+        return count_bytes(*map(int, words))
     if change == "float64":
         torch.set_default_dtype(torch.float64)
-    elif change == "nan":  # in one process alone, in its second micro-batch
+    elif change.startswith("nan"):  # in one process alone, in its second micro-batch
         forward, calls = imagenet.forward, iter(range(10**6))
 
         def failing(*inputs):
             loss, sums = forward(*inputs)
-            return (loss * float("nan") if next(calls) == 1 and os.environ["RANK"] == "1" else loss), sums
+            return (loss * float("nan") if next(calls) == 1 and change.endswith(RANK) else loss), sums
 
         imagenet.forward = failing
-    elif change == "bytes":
-        return count_bytes(*map(int, sys.argv[1:]))
-    return imagenet.main()
+    train = imagenet.train
+
+    def telling(run, *rest):
+        try:
+            train(run, *rest)
+        except Stopped:
+            os.write(2, f"process {RANK} stops after {run.epoch} epochs and {run.step} steps\n".encode())
+            raise
+
+    imagenet.train = telling
+    return imagenet.main(words)
 
 
-def count_bytes(iter_size: int) -> int:
-    """Print the bytes that are reduced in a second optimizer step, and those of the gradients."""
+def count_bytes(*iter_sizes: int) -> int:
+    """For each iteration size, print the bytes that are reduced in a second optimizer step, and the gradients'."""
     dist.init_process_group("gloo")
-    model = models.create("l_resnet18", num_classes=3)
+    model = models.create("l_tiny", num_classes=3)
     network = DistributedDataParallel(model)
     reduced = []
 
@@ -48,17 +59,19 @@ def count_bytes(iter_size: int) -> int:
 
     network.register_comm_hook(None, hook)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for _ in range(2):
-        reduced.clear()
-        batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), 0, [])
-        imagenet.train_step(network, [batch] * iter_size, iter_size, optimizer, scaler, "off", False)
+    run = SimpleNamespace(network=network, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), 0, [])
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if dist.get_rank() == 0:
+    for iter_size in iter_sizes:
+        run.args = imagenet.build_parser().parse_args(["--iter-size", str(iter_size)])
+        for _ in range(2):
+            reduced.clear()
+            imagenet.train_step(run, iter([batch] * iter_size))
         print(sum(reduced), size)
     dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    register_tiny()
+    command.script(main, "imagenet.py")

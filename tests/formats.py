@@ -9,7 +9,7 @@ from utils.demo import draw
 
 
 def drawing(size: tuple[int, int] = (200, 150)) -> Image.Image:
-    return draw("star", np.random.default_rng(0)).resize(size, Image.Resampling.BICUBIC)
+    return draw("target", np.random.default_rng(0)).resize(size, Image.Resampling.BICUBIC)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -1,59 +1,101 @@
 """What more than one test file calls: small image folders, small networks, and the command as a process."""
 
+import contextlib
+import functools
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils.meters import Scores
+import imagenet
+import models
+from models.imagenet.resnet import BasicBlock, ResNet
+from utils import command
 from utils.demo import draw
 from utils.logger import COLUMNS
+from utils.meters import Scores
 
 ROOT = Path(__file__).parent.parent
-# A network of 1.4 M parameters for tests that are not about l_*: small checkpoints, quick steps.
+PATIENCE = 300  # seconds; so long a busy machine may take for what takes seconds
 SIZES = ["--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3"]
+EXCITED = ["-a", "l_tiny", "--lr", "0.002", *SIZES]
+# For what starts imagenet.py itself, which has no l_tiny, and for tests about BatchNorm.
 SMALL = ["-a", "shufflenet_v2_x0_5", "--lr", "0.01", *SIZES]
 TINY = ["-a", "l_resnet18", "--lr", "0.002", *SIZES]
 
 
-def draw_folder(folder: Path, splits: dict[str, int], classes: tuple[str, ...] = ("ring", "star")) -> Path:
+def register_tiny() -> None:
+    """Add ``l_tiny`` to the networks: the stem and one block of l_resnet18, 85,000 parameters."""
+    models.EXCITED["l_tiny"] = functools.partial(ResNet, BasicBlock, (1, 0, 0, 0))
+    models.ARCHITECTURES = (*models.EXCITED, *models.TORCHVISION)
+
+
+def run_command(*words) -> int:
+    """Run imagenet.py with these words, in this process; returns the exit status."""
+    return command.run(imagenet.main, [str(word) for word in words], "imagenet.py")
+
+
+def draw_folder(folder: Path, splits: dict[str, int], classes: tuple[str, ...] = ("ring", "target")) -> Path:
     """An image folder with so many images of each class, and one more of each class after the first."""
     for split, count in splits.items():
         for label, name in enumerate(classes):
-            (folder / split / name).mkdir(parents=True)
+            place = folder / split / name
+            place.mkdir(parents=True)
             for index in range(count + label):
-                draw(name, np.random.default_rng([index, label, len(split)])).save(
-                    folder / split / name / f"{index}.jpg"
-                )
+                draw(name, np.random.default_rng([index, label, len(split)])).save(place / f"{index}.jpg")
     return folder
 
 
-def start(*words, **options) -> subprocess.Popen:
-    """Start imagenet.py as a process of its own."""
-    argv = [sys.executable, str(ROOT / "imagenet.py"), *map(str, words)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(argv, cwd=ROOT, **options)
+@contextlib.contextmanager
+def started(*words, program: tuple = ("-m", "tests.helpers")) -> Iterator[subprocess.Popen]:
+    """imagenet.py, with l_tiny, as a process that leads a group of its own; at the end, the group is killed."""
+    argv = [sys.executable, *program, *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait for what a process is to do, as long as it runs."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def checkpoint(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
     return torch.load(folder / name, weights_only=True)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimizer, random state and log are the same to the last bit."""
-    a, b = checkpoint(one), checkpoint(other)
-    for key in ("epoch", "step", "best_acc", "acc", "sums"):
-        assert a[key] == b[key]
-    assert a["state_dict"].keys() == b["state_dict"].keys()
-    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
-    for index, state in a["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"])
-    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
-    a, b = (checkpoint(run, "model_best.pth.tar") for run in (one, other))
-    assert all(a[key] == b[key] for key in ("epoch", "acc"))
-    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    """Weights, optimizer, random state and log are the same to the last bit, and so is the best."""
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        a, b = checkpoint(one, name), checkpoint(other, name)
+        for key in ("epoch", "step", "arch", "classes", "best_acc", "acc", "sums", "log", "images", "scaler"):
+            assert a[key] == b[key], key
+        assert list(a["state_dict"]) == list(b["state_dict"])
+        for key, value in a["state_dict"].items():
+            assert torch.equal(value, b["state_dict"][key]), key
+        assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+        for index, state in a["optimizer"]["state"].items():
+            assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), index
+        assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
 
 
@@ -79,3 +121,8 @@ def tiny_checkpoint(epoch: int = 1) -> dict:
         "rng": {"cpu": torch.get_rng_state(), "cuda": []},
         "options": {"arch": "linear", "lr": 0.1, "schedule": [1, 2], "data": None},
     }
+
+
+if __name__ == "__main__":
+    register_tiny()
+    command.script(imagenet.main, "imagenet.py")

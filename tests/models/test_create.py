@@ -15,7 +15,7 @@ def excited(model: nn.Module) -> list[Conv2d]:
 
 def test_the_architectures():
     names = {f"l_resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {f"l_resnext{d}" for d in (50, 101, 152)}
-    assert set(models.EXCITED) == names
+    assert {*models.EXCITED} - {"l_tiny"} == names  # which the tests add
     assert {"resnet50", "vit_b_16", "inception_v3"} <= set(models.TORCHVISION)
 
 

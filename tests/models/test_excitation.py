@@ -11,7 +11,7 @@ from models.excitation import ChannelGate, LocationGate, activation_map, standar
 from models.layers import EXCITATIONS, FORMULATIONS, Conv2d
 
 # (in_channels, out_channels, kernel, groups)
-SHAPES = [(8, 6, 1, 1), (4, 6, 3, 1), (3, 5, 7, 1), (8, 6, 3, 2), (64, 128, 3, 1), (256, 64, 1, 1), (128, 128, 3, 32)]
+SHAPES = [(8, 6, 1, 1), (4, 6, 3, 1), (3, 2, 7, 1), (8, 6, 3, 2), (64, 128, 3, 1), (256, 64, 1, 1), (128, 128, 3, 32)]
 
 
 def reference(weight: np.ndarray, conv: Conv2d) -> np.ndarray:

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 from models.excitation import ChannelGate, LocationGate, activation_map
+from models.imagenet.resnet import BasicBlock, ResNet
 from models.layers import FORMULATIONS, Conv2d, excite, excited_once, fold, is_depthwise
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
@@ -133,7 +134,7 @@ def test_the_map_is_one_function_for_both():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_excited_once_gives_the_gradients_of_exciting_in_every_forward(formulation, dtype, tolerance, memory_format):
     torch.manual_seed(0)
-    model = excite(torchvision.models.resnet18(norm_layer=lambda n: nn.GroupNorm(8, n)), formulation=formulation)
+    model = ResNet(BasicBlock, (1, 1, 0, 0), num_classes=10, formulation=formulation)
     model.to(dtype, memory_format=memory_format)
 
     def gradients(context):

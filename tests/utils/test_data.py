@@ -10,34 +10,52 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+import imagenet
 from tests.helpers import draw_folder
-from utils.data import MEAN, STD, TRAIN, VAL, ImageFolder, Order, load, normalize, shuffle
+from utils.data import MEAN, STD, TRAIN, VAL, Data, ImageFolder, end_workers, normalize, shuffle
 from utils.images import random_resized_crop
 
-CPU = torch.device("cpu")
+
+def data(folder: Path, *words) -> Data:
+    """Of a command with these options: micro-batches of 4 and validation batches of 3 images."""
+    argv = ["-d", folder, "--image-size", 32, "--train-batch", 4, "--test-batch", 3, "--epochs", 2, "-j", 0, *words]
+    return Data(imagenet.build_parser().parse_args(list(map(str, argv))), torch.device("cpu"))
 
 
-def test_listing_leaves_out_what_is_hidden(images, tmp_path):
-    folder = draw_folder(tmp_path, {"val": 2}) / "val"
-    (folder / ".cache").mkdir()
-    (folder / "ring" / "._0.jpg").write_bytes(b"resource fork")
-    (folder / "ring" / "notes.txt").write_text("none")
-    (folder / "list.txt").write_text("none")
-    (folder / "ring" / ".cache").mkdir()
-    (folder / "ring" / "more").symlink_to(folder / "star")
+def batches(source: Data, epoch: int, step: int) -> list[torch.Tensor]:
+    """The images of a run from there on, and the classes last of all."""
+    found = []
+    for number in range(epoch, 2):
+        for micro_batches in source.training(number, step if number == epoch else 0):
+            found += micro_batches
+        found += source.validation()
+    end_workers()
+    return [batch.images for batch in found] + [torch.cat([batch.targets for batch in found])]
+
+
+def test_the_list_leaves_out_what_is_hidden_and_has_a_digest_whatever_its_place(images, tmp_path):
+    folder = draw_folder(tmp_path, {"val": 3}) / "val"
+    for name in (".cache", "ring/.cache"):
+        (folder / name).mkdir()
+    for name in ("ring/._0.jpg", "ring/notes.txt", "list.txt"):
+        (folder / name).write_text("none")
+    (folder / "ring" / "more").symlink_to(folder / "target")
     dataset = ImageFolder(folder, 32)
-    assert dataset.classes == ["ring", "star"]
-    assert [dataset.target(index) for index in range(len(dataset))] == [0, 0, 1, 1, 1]
+    assert dataset.classes == ["ring", "target"]
+    assert [dataset.target(index) for index in range(len(dataset))] == [0, 0, 0, 1, 1, 1, 1]
     expected = sorted(path for path in folder.glob("[a-z]*/[0-9]*.jpg") if "more" not in path.parts)
     assert [dataset.path(index) for index in range(len(dataset))] == list(map(str, expected))
+    # A worker gets no copy of the names: torch hands tensors over as shared memory.
+    assert type(dataset.names) is type(dataset.ends) is torch.Tensor
+    assert dataset.digest() == ImageFolder(images / "val", 16).digest()
+    (folder / "ring" / "0.jpg").unlink()
+    assert ImageFolder(folder, 32).digest() != dataset.digest()
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(images):
     dataset = ImageFolder(images / "train", 32, seed=1)
     pixels = dataset[3, 5].pixels
-    assert pixels.shape == (3, 32, 32)
-    assert pixels.dtype == torch.uint8
-    dataset[4, 5], dataset[3, 6]
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
     random.seed(7)
     torch.manual_seed(7)
     assert torch.equal(dataset[3, 5].pixels, pixels)
@@ -46,16 +64,19 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(images):
     assert not torch.equal(ImageFolder(images / "train", 32, seed=2)[3, 5].pixels, pixels)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_global_random_state_is_not_touched(images, workers):
-    folders = {TRAIN: ImageFolder(images / "train", 32, seed=0), VAL: ImageFolder(images / "val", 32)}
-    order = Order(len(folders[TRAIN]), len(folders[VAL]), 4, 3, 1, seed=0)
+@pytest.mark.parametrize("iter_size", [1, 2])
+def test_batches_are_the_same_from_any_number_of_workers_and_any_step(images, iter_size):
+    """And the global random state is not touched."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    counts = [len(batch.targets) for batch in load(folders, order.run(0, 0, 2), workers, CPU, skip_bad=False)]
-    assert counts == 2 * [4, 4, 4, 3, 3, 1]
+    whole = batches(data(images, "--iter-size", iter_size), 0, 0)
+    assert [len(pixels) for pixels in whole[:-1]] == 2 * [*({1: 3, 2: 2}[iter_size] * [4]), 3, 3, 1]
+    for workers, epoch, step, first in ((2, 0, 0, 0), (1, 0, 1, iter_size), (0, 1, 0, len(whole) // 2)):
+        found = batches(data(images, "--iter-size", iter_size, "-j", workers), epoch, step)
+        assert len(found) == len(whole) - first
+        assert all(map(torch.equal, found[:-1], whole[first:-1]))
+        assert torch.equal(found[-1], whole[-1][-len(found[-1]) :])
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert np.random.get_state()[1].tolist() == states[2]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
 def test_crops_are_distributed_as_torchvisions():
@@ -86,61 +107,31 @@ def test_crops_are_distributed_as_torchvisions():
 def test_normalize():
     pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     for dtype in (torch.float32, torch.float64):
-        ours = normalize(pixels, torch.zeros((), dtype=dtype))
-        assert ours.dtype == dtype
-        torch.testing.assert_close(ours, v2.functional.normalize(pixels.to(dtype) / 255, list(MEAN), list(STD)))
+        expected = v2.functional.normalize(pixels.to(dtype) / 255, list(MEAN), list(STD))
+        torch.testing.assert_close(normalize(pixels, torch.zeros((), dtype=dtype)), expected)
 
 
-def test_order_gives_whole_groups_of_each_epochs_shuffle():
-    order = Order(train=23, val=7, train_batch=5, test_batch=3, iter_size=2, seed=3)
-    assert (order.group, order.steps, order.val_batches) == (10, 2, 3)
-    first, second = list(order.training(0)), list(order.training(1))
-    keys = [key for batch in first for key in batch]
-    assert [len(batch) for batch in first] == [5, 5, 5, 5]
-    assert {key[:2] for key in keys} == {(TRAIN, 0)}
-    assert len({index for *_, index in keys}) == 20
-    assert list(order.training(0)) == first
-    assert [index for *_, index in second[0]] != [index for *_, index in first[0]]
-    assert list(order.training(1, 1)) == second[2:]
-    assert list(order.training(1, 2)) == []
-    validation = [[(VAL, 0, 0), (VAL, 0, 1), (VAL, 0, 2)], [(VAL, 0, 3), (VAL, 0, 4), (VAL, 0, 5)], [(VAL, 0, 6)]]
-    assert list(order.validation()) == validation
-    assert list(order.run(0, 1, 2)) == [*first[2:], *validation, *second, *validation]
+def test_the_order_is_whole_steps_of_each_epochs_shuffle(images):
+    source = data(images, "--iter-size", 2, "--train-batch", 3, "--seed", 3)
+    assert (source.step_images, source.steps, source.val_batches) == (6, 2, 3)
+    order = list(source._keys(0, 0))
+    first, validation, second = order[:4], order[4:7], order[7:11]
+    assert order[11:] == validation == [[(VAL, 0, index) for index in part] for part in ((0, 1, 2), (3, 4, 5), (6,))]
+    for epoch, part in enumerate((first, second)):
+        shuffled = shuffle(13, 3, epoch)[:12].reshape(4, 3).tolist()
+        assert part == [[(TRAIN, epoch, index) for index in batch] for batch in shuffled]
+    assert list(source._keys(0, 1)) == order[2:]
+    assert list(source._keys(1, 2)) == validation
     # Seeds and epochs don't stand in for each other.
     assert not np.array_equal(shuffle(23, 4, 0), shuffle(23, 3, 1))
 
 
 def test_a_bad_image_is_replaced_by_the_next_good_one_of_the_order(tmp_path):
     folder = draw_folder(tmp_path, {"train": 6}) / "train"
-    dataset = ImageFolder(folder, 32, seed=5, skip_bad=True)
-    order = shuffle(len(dataset), 5, 2).tolist()
-    sample = dataset[2, order[-2]]
-    for position in (-2, -1):  # after the last comes the first
-        Path(dataset.path(order[position])).write_bytes(b"damaged")
-    replaced = dataset[2, order[-2]]
-    assert [dataset.path(order[-2]) in replaced.reasons[0], dataset.path(order[-1]) in replaced.reasons[1]] == [
-        True,
-        True,
-    ]
-    assert replaced.target == dataset.target(order[0])
-    assert replaced.pixels.shape == sample.pixels.shape
-    assert not torch.equal(replaced.pixels, sample.pixels)
-    assert dataset[2, order[0]].reasons == []
-    dataset.skip_bad = False
-    assert dataset[2, order[-2]].pixels is None
-
-
-def test_a_worker_gets_no_copy_of_the_list(tmp_path):
-    """Neither by fork nor by pickling: the list is two tensors, which torch hands over as shared memory."""
-    dataset = ImageFolder(draw_folder(tmp_path, {"train": 6}) / "train", 32)
-    kinds = {name: type(value) for name, value in vars(dataset).items()}
-    assert kinds["names"] is kinds["ends"] is torch.Tensor
-    assert not any(kind in (list, tuple, dict) for name, kind in kinds.items() if name not in ("classes", "starts"))
-
-
-def test_digest_is_of_the_list_and_not_of_the_place(images, tmp_path):
-    copy = draw_folder(tmp_path / "copy", {"train": 6})
-    one, other = ImageFolder(images / "train", 32), ImageFolder(copy / "train", 16)
-    assert one.digest() == other.digest()
-    (copy / "train" / "ring" / "0.jpg").unlink()
-    assert ImageFolder(copy / "train", 32).digest() != one.digest()
+    dataset, order = ImageFolder(folder, 32, seed=5, skip_bad=True), shuffle(13, 5, 1).tolist()
+    bad = [Path(dataset.path(order[position])) for position in (-2, -1)]  # after the last comes the first
+    for path in bad:
+        path.write_bytes(b"damaged")
+    replaced = dataset[1, order[-2]]
+    assert [str(path) in reason for path, reason in zip(bad, replaced.reasons, strict=True)] == [True, True]
+    assert (replaced.target, dataset[1, order[0]].reasons) == (dataset.target(order[0]), [])

@@ -1,60 +1,70 @@
-"""The choice of devices, on machines with other GPUs than this one."""
+"""The choice of devices, on machines with other GPUs than this one; parts of batches; commands to paste."""
+
+import sys
+from argparse import Namespace
 
 import pytest
 import torch
 
 from utils import distributed
-from utils.distributed import choose_devices, describe
+from utils.distributed import choose_devices, command, describe, join, share
 from utils.errors import BadInput
 
 
 @pytest.fixture
-def gpus(monkeypatch):
-    def there_are(count: int) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+def machine(monkeypatch):
+    """Make it one of so many GPUs, on which so many processes train."""
+
+    def is_of(gpus: int, processes: int = 1) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+        for name, value in (("PROCESSES", processes), ("LOCAL_PROCESSES", processes), ("LOCAL_RANK", processes - 1)):
+            monkeypatch.setattr(distributed, name, value)
 
-    return there_are
+    return is_of
 
 
-def test_no_gpu(gpus, capsys):
-    gpus(0)
+def test_devices(machine, capsys):
+    machine(0)
     assert choose_devices("0,1") == [torch.device("cpu")]
-    assert "CPU" in capsys.readouterr().out
-    assert describe([torch.device("cpu")]).startswith("CPU, ")
-
-
-def test_all_there(gpus, capsys):
-    gpus(4)
-    devices = choose_devices("0,2,3")
-    assert [device.index for device in devices] == [0, 2, 3]
-    assert capsys.readouterr().out == ""
-    assert describe(devices) == "GPU 0 (card), 2 (card), 3 (card), DataParallel"
-
-
-def test_fewer_there(gpus, capsys):
-    gpus(2)
-    assert [device.index for device in choose_devices("0,1,2,3")] == [0, 1]
+    machine(4)
+    assert describe(choose_devices("0,2,3")) == "GPU 0 (card), 2 (card), 3 (card), DataParallel"
+    machine(4, 4)
+    assert choose_devices("0") == [torch.device("cuda", 3)]  # the local rank decides
+    assert "GPU" in capsys.readouterr().out
+    machine(2)
+    assert choose_devices("0,1,2,3") == [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert "using 0,1" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="--gpu-id 2,3"):
-        choose_devices("2,3")
 
 
-@pytest.mark.parametrize("text", ["", "a", "-1", "0,0", "0,"])
-def test_no_list_of_gpus(gpus, text):
-    gpus(2)
-    with pytest.raises(BadInput, match="--gpu-id"):
-        choose_devices(text)
+def test_what_can_not_be_had(machine, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for place, sync_bn, text in (((2,), False, "--compile"), ((0, 2), True, "--sync-bn"), ((0, 2), False, "WORLD_SIZE"),
+        ((2, 4), False, "--nproc-per-node 2 at most"), ((1,), False, "--gpu-id 2,1")):  # fmt: skip
+        machine(*place)
+        with pytest.raises(BadInput, match=text):
+            join(Namespace(gpu_id="2,1" if place == (1,) else "0,1", compile=True, sync_bn=sync_bn))
 
 
-def test_the_local_rank_decides(gpus, monkeypatch):
-    gpus(4)
-    monkeypatch.setattr(distributed, "PROCESSES", 4)
-    monkeypatch.setattr(distributed, "LOCAL_RANK", 3)
-    assert choose_devices("0") == [torch.device("cuda", 3)]
-    monkeypatch.setattr(distributed, "LOCAL_PROCESSES", 4)
-    monkeypatch.setattr(distributed, "LOCAL_RANK", 0)
-    gpus(2)
-    with pytest.raises(BadInput, match="--nproc-per-node 2 at most"):
-        choose_devices("0")
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_the_parts_of_a_batch_are_the_batch(monkeypatch, processes):
+    monkeypatch.setattr(distributed, "PROCESSES", processes)
+    for size in (1, 7, 8, 24):
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setattr(distributed, "RANK", rank)
+            parts.append(share(list(range(size))))
+        assert [item for part in parts for item in part] == list(range(size))
+        assert max(map(len, parts)) - min(map(len, parts)) == (size % processes > 0)
+
+
+def test_commands_to_paste(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["a folder/imagenet.py"])
+    monkeypatch.chdir(tmp_path)
+    assert command(["--resume=x y"]) == "python 'a folder/imagenet.py' '--resume=x y'"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    assert command([]) == ".venv/bin/python 'a folder/imagenet.py'"
+    machine(0, 4)
+    monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
+    assert command([]) == "torchrun --nproc-per-node 4 'a folder/imagenet.py'"

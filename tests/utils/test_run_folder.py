@@ -2,202 +2,182 @@
 
 import contextlib
 import errno
-import io
 import os
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import tiny_checkpoint
+from tests.utils.forks import in_a_process
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize
-from utils.errors import BadInput
-from utils.logger import CURVES, LOG
-from utils.run_folder import RunFolder
+from utils.errors import BadInput, RunFailed
+from utils.files import write_atomically
+from utils.logger import CURVES, LOG, Logger
+from utils.meters import Scores
+from utils.run_folder import COMMAND, LOCK, RunFolder
 
-CALLS = ("open", "write", "fsync", "chmod", "link", "replace", "unlink", "close")
+CALLS = ("open", "fdopen", "fsync", "chmod", "link", "replace", "unlink", "close")
 
 
 def save(run: RunFolder, epoch: int) -> bool:
-    """As the trainer saves after an epoch that was the best."""
+    """What the trainer writes after an epoch that was the best."""
     contents = serialize(tiny_checkpoint(epoch))
-    run.save({LOG: b"%d" % epoch, CURVES: b"%d" % epoch, BEST: contents, LAST: contents})
+    run.write({LOG: b"%d" % epoch, CURVES: b"%d" % epoch, BEST: contents, LAST: contents})
     return not run.failure
 
 
 def resumed(folder: Path) -> RunFolder:
-    file, _ = find(str(folder))
-    return RunFolder(folder, file)
+    return RunFolder(folder, find(str(folder)))
 
 
-class Faults:
-    """Counts the system calls that write, and lets one of them fail, or the process end there."""
+def epochs(folder: Path, *names: str) -> list[int]:
+    return [load(folder / name)["epoch"] for name in names]
 
-    def __init__(self, monkeypatch, at: int, dies: bool):
-        self.count, self.at, self.dies = 0, at, dies
-        for name in CALLS:
-            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-        fdopen, faults = os.fdopen, self
 
-        class Half(io.BufferedWriter):
-            """Writes half of it when it fails."""
+def fail_at(monkeypatch, at: int, dies: bool) -> list[str]:
+    """Let one of the system calls that write fail, or the process end there; the calls gather in the list."""
+    calls = []
 
-            def write(self, data):
-                half = memoryview(data)[: len(data) // 2]
-                faults.check(lambda: (io.BufferedWriter.write(self, half), self.flush()))
-                return super().write(data)
-
-        monkeypatch.setattr(os, "fdopen", lambda handle, mode: Half(fdopen(handle, mode, buffering=0)))
-
-    def _counted(self, function):
+    def replace(name: str, original) -> None:
         def call(*words, **options):
-            self.check()
-            return function(*words, **options)
-
-        return call
-
-    def check(self, before=lambda: None) -> None:
-        self.count += 1
-        if self.count == self.at:
-            before()
-            if self.dies:
+            calls.append(name)
+            if len(calls) != at:
+                return original(*words, **options)
+            if name == "fdopen":  # half of the file is written
+                os.write(words[0], bytes(500))
+            if dies:
                 os._exit(9)
             raise OSError(errno.ENOSPC, "No space left on device")
 
+        monkeypatch.setattr(os, name, call)
 
-def in_a_process(body) -> int:
-    """Run in a fork, whose end ends nothing else; returns its exit status."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            status = body()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for name in CALLS:
+        replace(name, getattr(os, name))
+    return calls
 
 
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
     """Of a run's first save into another's folder, or of a later save."""
-    faults = 0
     for at in range(1, 1000):
         folder = tmp_path / f"{at}"
         with RunFolder(folder) as run:
-            assert save(run, 1)
-            assert save(run, 2)
+            assert save(run, 1) and save(run, 2)
 
         def body(at=at, folder=folder):
             run = RunFolder(folder, overwrite=True) if first else resumed(folder)
             with run, monkeypatch.context() as patch:
-                counting = Faults(patch, at, dies)
+                calls = fail_at(patch, at, dies)
                 saved = save(run, 3)
-            if counting.count < at:
-                return 100  # there is no such call
-            return 0 if saved else 10
+            return 100 if len(calls) < at else 0 if saved else 10
 
         status = in_a_process(body)
-        if status == 100:
+        if status == 100:  # there is no such call
             break
-        faults += 1
         assert status in ((9,) if dies else (0, 10))
-        file, saved = find(str(folder))
-        assert file.name == LAST
+        saved = find(str(folder))
+        assert saved["file"].name == LAST
         assert saved["epoch"] == 3 if status == 0 else saved["epoch"] in (2, 3)
         assert load(folder / BEST)["epoch"] >= (saved["epoch"] if not first else 2)
         with resumed(folder) as run:
             assert save(run, 4)
-        assert find(str(folder))[1]["epoch"] == 4
-        assert load(folder / PREVIOUS)["epoch"] == saved["epoch"]
-        assert load(folder / BEST)["epoch"] == 4
-        assert sorted(os.listdir(folder)) == sorted([".lock", LAST, PREVIOUS, BEST, LOG, CURVES])
-    assert faults > 30
+        assert epochs(folder, LAST, PREVIOUS, BEST) == [4, saved["epoch"], 4]
+        assert {*os.listdir(folder)} == {LOCK, LAST, PREVIOUS, BEST, LOG, CURVES}
+    assert at > 25
 
 
-def test_what_could_not_be_written_is_written_by_the_next_save(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_file_and_one_that_does_not_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "usual").write_text("")
+    for contents in (b"1", b"2", b"3"):
+        write_atomically(tmp_path / "file", contents, tmp_path / "previous")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "file", b"4")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "file": b"3",
+        "previous": b"2",
+        "usual": b"",
+    }
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_what_a_save_writes(tmp_path):
+    log = Logger("title")
+    for name in (f".{LAST}.abc", f".{LOG}.x", f".{COMMAND}.y", ".checkpoint.epoch3.pth.tar.z"):
+        (tmp_path / name).write_bytes(b"half")  # of a process that was killed
     with RunFolder(tmp_path) as run:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
-            assert not save(run, 1)
-            assert run.failure == f"can't write {tmp_path / BEST}: Input/output error"
-        run.save({LAST: serialize(tiny_checkpoint(2))})
-        assert not run.failure
-    assert load(tmp_path / BEST)["epoch"] == 1
-    assert load(tmp_path / LAST)["epoch"] == 2
+        run.note("command\n")
+        assert os.listdir(tmp_path) == [LOCK]
+        log.append(0.1, Scores(), Scores(), 1)
+        run.save(tiny_checkpoint(1), log, is_best=True, is_kept=True)
+        names = {LOCK, COMMAND, LOG, CURVES, BEST, LAST, "checkpoint.epoch1.pth.tar"}
+        assert {*os.listdir(tmp_path)} == names
+        (tmp_path / CURVES).unlink()  # written only with a new epoch
+        run.save(tiny_checkpoint(2), log)
+        assert {*os.listdir(tmp_path)} == names - {CURVES} | {PREVIOUS}
+        assert epochs(tmp_path, LAST, PREVIOUS, BEST) == [2, 1, 1]
+    with resumed(tmp_path) as run:
+        run.note("more\n")
+        run.save(tiny_checkpoint(3), log)
+    assert (tmp_path / COMMAND).read_text() == "command\nmore\n"
+    with RunFolder(tmp_path, overwrite=True) as run:
+        run.save(tiny_checkpoint(1), Logger("title"))
+    assert {*os.listdir(tmp_path)} == {LOCK, COMMAND, LAST}
+
+
+@pytest.mark.parametrize("name", [LOG, BEST, LAST])
+def test_what_could_not_be_written_is_told_and_written_by_the_next_save(tmp_path, capsys, name):
+    (tmp_path / name / "in the way").mkdir(parents=True)
+    with RunFolder(tmp_path, overwrite=True) as run:
+        assert not save(run, 1)
+        assert f"\n{run.failure}; the next save tries again\n" in capsys.readouterr().err
+        assert run.failure.startswith(f"can't write {tmp_path / name}: ")
+        with pytest.raises(RunFailed, match="can't write"):
+            run.describe_end(50.0, is_demo=False)
+        with pytest.raises(RunFailed, match="stopped by SIGTERM, and can't write"):
+            run.describe_stop(15, "epoch 1")
+        (tmp_path / name / "in the way").rmdir()
+        (tmp_path / name).rmdir()
+        run.write({LAST: serialize(tiny_checkpoint(2))})
+        assert (run.describe_end(50.0, is_demo=False), run.describe_stop(15, "epoch 1")) == (0, 143)
+    assert epochs(tmp_path, BEST, LAST) == [1, 2]
     assert (tmp_path / LOG).read_bytes() == b"1"
 
 
 def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
-    def refuse(*names):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(errno.EPERM, "Not permitted")))
     with RunFolder(tmp_path) as run:
-        assert save(run, 1)
-        assert save(run, 2)
-    assert load(tmp_path / LAST)["epoch"] == 2
+        assert save(run, 1) and save(run, 2)
+    assert epochs(tmp_path, LAST) == [2]
     assert not (tmp_path / PREVIOUS).exists()
-
-
-def test_leftovers_of_a_killed_process_go(tmp_path):
-    for name in (".checkpoint.pth.tar.abc", ".log.txt.x", ".command.txt.y", ".checkpoint.prev.pth.tar.link"):
-        (tmp_path / name).write_bytes(b"half")
-    (tmp_path / ".other").write_bytes(b"not ours")
-    with RunFolder(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".lock", ".other"]
 
 
 def test_one_process_holds_the_folder(tmp_path):
     def body():
-        with contextlib.suppress(BadInput), RunFolder(tmp_path):
+        with contextlib.suppress(BadInput), RunFolder(tmp_path, overwrite=True):
             return 0
         return 10
 
-    with RunFolder(tmp_path):
-        assert in_a_process(body) == 10
-    assert in_a_process(body) == 0
-
-
-def test_an_unwritable_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(BadInput, match="can't write"):
-        RunFolder(tmp_path / "run")
-
-
-def test_another_process_began_or_went_on_meanwhile(tmp_path):
-    """Between the checks and the lock there may be minutes."""
     late = RunFolder(tmp_path)
     with RunFolder(tmp_path) as run:
+        assert in_a_process(body) == in_a_process(body) == 10
         assert save(run, 1)
-    with pytest.raises(BadInput, match="already holds a run"), late:
+    with pytest.raises(BadInput, match="already holds a run"), late:  # begun since it looked
         pass
-    late = resumed(tmp_path)
-    with resumed(tmp_path) as run:
-        assert save(run, 2)
-    with pytest.raises(BadInput, match="another process has gone on"), late:
+    assert in_a_process(body) == 0
+    with pytest.raises(BadInput, match="--checkpoint: can't write to"), RunFolder(tmp_path / LOG / "run"):
         pass
-    assert load(tmp_path / LAST)["epoch"] == 2
-
-
-def test_only_the_best_guards_the_checkpoint(tmp_path):
-    with RunFolder(tmp_path) as run:
-        (tmp_path / LOG).mkdir()
-        assert not save(run, 1)
-        assert load(tmp_path / LAST)["epoch"] == 1
-        (tmp_path / BEST).unlink()
-        (tmp_path / BEST).mkdir()
-        assert not save(run, 2)
-        assert load(tmp_path / LAST)["epoch"] == 1
 
 
 def test_the_previous_checkpoint_is_one_that_was_whole(tmp_path):
     """Not so what lies beside an earlier one from which the user chose to go on."""
     with RunFolder(tmp_path) as run:
-        assert save(run, 1)
-        assert save(run, 2)
+        assert save(run, 1) and save(run, 2)
+    with pytest.raises(BadInput, match="would replace the later"):
+        RunFolder(tmp_path, load(tmp_path / PREVIOUS), chosen=True)
     (tmp_path / LAST).write_bytes(b"damaged")
-    with RunFolder(tmp_path, tmp_path / PREVIOUS, chosen=True, overwrite=True) as run:
-        run.save({LAST: serialize(tiny_checkpoint(2))})
-        assert load(tmp_path / PREVIOUS)["epoch"] == 1
-        run.save({LAST: serialize(tiny_checkpoint(3))})
-        assert load(tmp_path / PREVIOUS)["epoch"] == 2
+    with RunFolder(tmp_path, load(tmp_path / PREVIOUS), chosen=True, overwrite=True) as run:
+        for epoch in (2, 3):
+            run.write({LAST: serialize(tiny_checkpoint(epoch))})
+            assert epochs(tmp_path, LAST, PREVIOUS) == [epoch, epoch - 1]

@@ -1,36 +1,51 @@
-"""A signal is remembered; a second one ends the process."""
+"""A signal is remembered until the next step; a second one ends the process."""
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.helpers import ROOT
-
-SCRIPT = """
-import os, signal, time
-from utils.signals import Stop
-stop = Stop()
-assert stop.number == 0 and not stop.save
-os.kill(os.getpid(), signal.SIGUSR1)
-assert stop.number == 0 and stop.save
-os.kill(os.getpid(), signal.{0})
-assert stop.number == signal.{0}
-print("remembered", flush=True)
-os.kill(os.getpid(), signal.{1})
-time.sleep(10)
-print("not reached")
-"""
+from tests.utils.forks import in_a_process
+from utils import distributed
+from utils.signals import ENDING, Stop, Stopped
 
 
-@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGINT"), ("SIGINT", "SIGTERM")])
-def test_two_signals(first, second):
-    script = SCRIPT.format(first, second)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True
-    )
-    assert done.returncode == 128 + signal.Signals[second]
-    assert done.stdout == "remembered\n"
-    assert "Finishing the optimizer step" in done.stderr
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_waits_for_the_end_of_a_step(number, capfd):
+    before = [signal.getsignal(each) for each in ENDING]
+    with Stop() as stop:
+        stop.check()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped, match=number.name) as stopped:
+            stop.check()
+    assert stopped.value.number == number
+    assert [signal.getsignal(each) for each in ENDING] == before
+    assert "Finishing the optimizer step, then saving; a second signal stops at once" in capfd.readouterr().err
+
+
+def test_a_second_signal_and_one_that_is_ignored():
+    """As nohup has it; what was ignored stays so."""
+
+    def body() -> int:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+    assert in_a_process(body) == 128 + signal.SIGINT
+
+
+def test_torchrun_hands_a_signal_on_and_is_killed(monkeypatch):
+    monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
+    with Stop() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.check()
+    monkeypatch.setattr(distributed, "PARENT", -1)
+    with Stop() as stop, pytest.raises(Stopped, match="SIGHUP"):
+        stop.check()

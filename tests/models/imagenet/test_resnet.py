@@ -20,10 +20,11 @@ TWINS = {
     "l_resnet152": "resnet152",
     "l_resnext50": "resnext50_32x4d",
 }
+DEEP = ("l_resnet34", "l_resnet101", "l_resnet152")
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("arch", TWINS)
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.slow if arch in DEEP else ()) for arch in TWINS])
 def test_folded_weights_are_torchvisions(arch, formulation):
     torch.manual_seed(0)
     model = models.create(arch, num_classes=11, formulation=formulation).eval()
@@ -97,7 +98,7 @@ def test_a_published_checkpoint_gives_its_logits(tmp_path):
     file = tmp_path / "gn_ws.pth.tar"
     torch.save({"epoch": 90, "state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
     model = models.create("l_resnet50", num_classes=12, excitation="none").eval()
-    load_weights(model, load(file)["state_dict"], file)
+    load_weights(model, load(file))
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)  # in float32, noise grows to 3e-4 over the layers
     state = {name: value.double() for name, value in state.items()}
     with torch.no_grad():
