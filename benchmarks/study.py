@@ -209,10 +209,10 @@ def draw(study: Study) -> Figure:
         if difference:
             right.errorbar(difference[0], place, xerr=difference[1], fmt="o", color="black", capsize=4)
     names = [f"{NORMS[variant.network]}: {variant.name}" for variant in VARIANTS]
-    left.set(xlabel="validation top-1 (%): seeds, and their mean", yticks=range(len(names)), yticklabels=names)
+    left.set(xlabel="top-1 (%): seeds and mean", yticks=range(len(names)), yticklabels=names)
     left.invert_yaxis()
     right.axvline(0, color="0.6", zorder=0)
-    right.set_xlabel("percentage points from the first of the network, with 95 % interval")
+    right.set_xlabel("difference (points), 95 % interval")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.25)
     title = f"Weight excitation on {study.settings['data']}: top-1 after {study.epochs} epochs"
