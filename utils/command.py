@@ -62,14 +62,15 @@ def explain(error: Exception) -> tuple[int, str]:
     """The exit status of a failure, and what to say of it; one that nobody expects is raised again."""
     if isinstance(error, BadInput | RunFailed):
         return error.status, str(error)
+    # Torch raises the first wherever the main process is at that moment; the second is a broken connection.
+    if isinstance(error, RuntimeError | OSError | EOFError) and has_lost_worker():
+        return 1, "a process that loads images died; out of memory? Lower --workers"
     if isinstance(error, OSError):
         # Of an error in a process that loads images, the last line is the error and those before it its traceback.
         return 1, (str(error).splitlines() or [type(error).__name__])[-1]
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         text = str(error).partition("\n")[0]
         return 1, f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {text}"
-    if isinstance(error, RuntimeError) and has_lost_worker():  # raised wherever the main process is at that moment
-        return 1, "a process that loads images died; out of memory? Lower --workers"
     if distributed.has_lost_another(error):
         return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
     raise error

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -346,7 +347,9 @@ def _start_worker(worker: int) -> None:
 
 
 def has_lost_worker() -> bool:
-    """Whether a process that loads images has died."""
+    """Whether a process that loads images has died; asked when something has failed, perhaps for that reason."""
+    if _workers:  # the connection to a process may break a moment before the process counts as dead
+        multiprocessing.connection.wait([worker.sentinel for worker in _workers], timeout=1)
     return any(worker.exitcode for worker in _workers)
 
 
