@@ -47,7 +47,7 @@ def draw_demo(folder: str | Path) -> None:
 
 
 def draw(name: str, rng: np.random.Generator) -> Image.Image:
-    """One RGB image of class ``name``, its sides 96 to 144 pixels."""
+    """One RGB image of class ``name``, its sides 64 to 96 pixels."""
     size = width, height = tuple(int(side) for side in rng.integers(64, 97, 2))
     background, foreground = _colours(rng)
     image = _gradient(size, background, rng)
