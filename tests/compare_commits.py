@@ -33,7 +33,10 @@ def stopping(*args, **options):
     return result
 imagenet.train_step = stopping
 sys.argv = ["imagenet.py", *sys.argv[1:]]
-sys.exit(imagenet.main(sys.argv[1:]) if imagenet.main.__code__.co_argcount else imagenet.main())
+if not imagenet.main.__code__.co_argcount:
+    sys.exit(imagenet.main())
+from utils import command
+command.script(imagenet.main, "imagenet.py")
 """
 
 

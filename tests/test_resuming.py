@@ -71,11 +71,18 @@ def test_stopped_and_resumed_equals_uninterrupted(
 # --- kills
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_equals_uninterrupted(command, images, tmp_path, number, kills):
+@pytest.mark.parametrize(
+    ("numbers", "kills"),
+    [
+        ([signal.SIGKILL], 1),
+        ([signal.SIGTERM], 1),
+        pytest.param([signal.SIGKILL, signal.SIGTERM], 50, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(command, images, tmp_path, numbers, kills):
     words, run = [*THOROUGH, "-d", images, "--formulation", "paper", "--save-freq", 1], tmp_path / "parts"
     for kill in range(kills):
+        number = RANDOM.choice(numbers)
         begin = ["--resume", run] if kill else [*words, "-c", run, "--epochs", 10**6]
         with started(*begin, "-j", 2 * (kill % 2 == 0)) as process:
             if kill == 0:
