@@ -145,6 +145,8 @@ def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> 
         refuse(saved is None, f"{flag(outputs[0])}: it needs --resume RUN")
         if not saved["options"]:
             raise BadInput(f"{flag(outputs[0])}: {saved['file']} is of another trainer; its options are not known")
+    if distributed.RANK > 0:  # the first process writes, and may have done so by now
+        return
     if args.export:
         refuse_existing("--export", args.export, args.overwrite)
     for name in pictures.NAMES if args.visualize else ():
