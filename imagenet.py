@@ -289,8 +289,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch]) -> list[float]:
     *sums, norm = distributed.total(torch.cat([sums, norm[None]])).tolist()  # the only read of the device
     loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
     # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
-    may_overflow = scaler.is_enabled() and scaler.get_scale() >= 2**-10
-    if not math.isfinite(loss) or not (is_finite or may_overflow):
+    if not math.isfinite(loss) or not (is_finite or (scaler.is_enabled() and scaler.get_scale() >= 2**-10)):
         rate = f"learning rate {learning_rate(args, run.epoch):g}"
         place = f"Epoch {run.epoch + 1}/{args.epochs}, step {run.step + 1}, {rate}"
         raise NotFinite(f"{place}: the loss is {loss:.4g}" + (not is_finite) * f", the largest gradient {norm:.4g}")

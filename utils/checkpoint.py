@@ -120,13 +120,14 @@ def load(file: Path) -> dict:
         unusable = unusable or _out_of_bounds(checkpoint)
         if unusable:
             raise _damaged(file, f"it has no usable {unusable[0]!r}")
+        checkpoint["missing"] = []
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadInput(f"--resume: {file} holds no weights: give another file")
     for name, value in state.items():
         if not _is_finite(value):
             raise _damaged(file, f"not all numbers in {name} are finite")
-    return {"missing": [], **checkpoint, "file": file}
+    return checkpoint | {"file": file}
 
 
 def _damaged(file: Path, reason: str) -> NotWhole:
@@ -137,18 +138,18 @@ def _read(file: Path) -> object:
     """What a file of torch.save holds."""
     if not file.is_file():
         raise NotWhole(f"--resume: there is no checkpoint {file}")
+    is_whole = True
     try:
         if zipfile.is_zipfile(file):  # torch before 1.6 wrote something else, without checksums
             with zipfile.ZipFile(file) as archive:
                 # torch takes a member with the attribute of a folder for one, and leaves what was in its memory.
-                if archive.testzip() is not None or any(member.external_attr for member in archive.infolist()):
-                    raise _damaged(file, "a checksum is wrong")
+                is_whole = archive.testzip() is None and not any(part.external_attr for part in archive.infolist())
     except OSError as error:
         raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
-        if isinstance(error, NotWhole):
-            raise
         raise _damaged(file, str(error)) from error
+    if not is_whole:
+        raise _damaged(file, "a checksum is wrong")
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
