@@ -11,22 +11,23 @@ import argparse
 import io
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import models
 from models.inspection import inspect_layers
 from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
 from utils import checkpoint, command, distributed, options, pictures
-from utils.arguments import COUNT, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, cores, path
-from utils.data import Batch, Data, normalize
+from utils.arguments import COUNT, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
+from utils.classifier import Classifier, classify
+from utils.data import Batch, Data
 from utils.errors import BadInput, NotFinite, RunFailed
 from utils.files import write_output
 from utils.logger import Logger
-from utils.meters import Progress, Scores, batch_sums
+from utils.meters import Progress, Reading, Scores
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
 
@@ -41,7 +42,12 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("-d", "--data", **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
-    add("-j", "--workers", **NATURAL, default=min(cores(), 8), help="processes that load images, in all [%(default)s]")
+    add(
+        "-j",
+        "--workers",
+        **NATURAL,
+        help="processes that load images, in all [8 for each GPU, at most one for each core]",
+    )
     add("--image-size", **COUNT, default=224, help="pixels, the side of the network's input [%(default)s]")
     add("--skip-bad-images", **SWITCH, default=False, help="leave out images that can't be decoded [no]")
     add("--demo", action="store_true", help="draw ten classes of shapes, and train on them in about a minute")
@@ -90,7 +96,7 @@ def build_parser() -> Parser:
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision [%(default)s]")
     add("--channels-last", **SWITCH, default=False, help="keep weights and activations with channels last [no]")
     add("--sync-bn", **SWITCH, default=False, help="under torchrun, BatchNorm over the images of all processes [no]")
-    add("--compile", **SWITCH, default=False, help="compile network and excitation by torch.compile, in minutes [no]")
+    add("--compile", **SWITCH, default=False, help="compile the network by torch.compile, in a minute or more [no]")
     return parser
 
 
@@ -111,7 +117,7 @@ def main(argv: list[str]) -> int:
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved)
     if args.evaluate:
-        scores = validate(model, data, devices, args)
+        scores = validate(model, data, devices, args, Stop())
         print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
         distributed.leave()
         return 0
@@ -172,8 +178,8 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
     """The same, checked to take the images, on the first device."""
     model = create_model(args, len(data.classes), saved)
     with options.refusing_network(args):
-        batch = math.ceil(args.train_batch / max(len(devices), distributed.PROCESSES))
-        models.check_input(model, batch, args.image_size, training=not args.evaluate)
+        part = distributed.smallest_part(args.train_batch, devices)
+        models.check_input(model, part, args.image_size, training=not args.evaluate)
     if args.sync_bn and distributed.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {models.describe(model)}")
@@ -188,17 +194,46 @@ class Run:
         self.args, self.model, self.data, self.devices = args, model, data, devices
         if args.compile:
             model.compile()
-        self.network = distributed.parallel(model, devices)  # the model over all devices
+        self.network = distributed.parallel(
+            Classifier(model, args.amp, args.channels_last), devices
+        )  # the model over all devices
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
+        for parameter in model.parameters() if args.momentum else ():
+            # If it skips its first step, a fused optimizer would keep what it has not written.
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
         self.epoch, self.step = args.start_epoch, 0  # finished epochs, and optimizer steps of the one after them
         self.acc = self.best_acc = -1.0  # validation top-1 in percent; -1 before the first one
         self.scores = Scores()  # of the unfinished epoch
+        self.unread = deque()  # what the last steps measured, and is not in the scores yet
+        self.is_stopping = False  # whether a signal came to any of the processes
+
+    def read(self, behind: int = 0) -> None:
+        """Add to the scores what the steps measured, but for so many of the last ones.
+
+        Raises:
+            NotFinite: a loss or a gradient is not finite; that step, and those after it, didn't touch the weights.
+        """
+        while len(self.unread) > behind:
+            step, values = self.unread.popleft()
+            *sums, norm, scale, stopping = values.read()
+            self.is_stopping |= stopping > 0
+            loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
+            # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
+            may_overflow = self.scaler.is_enabled() and scale / distributed.PROCESSES >= 2**-10
+            if not math.isfinite(loss) or not (is_finite or may_overflow):
+                rate = f"learning rate {learning_rate(self.args, self.epoch):g}"
+                place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, {rate}"
+                raise NotFinite(
+                    f"{place}: the loss is {loss:.4g}" + (not is_finite) * f", the largest gradient {norm:.4g}"
+                )
+            self.scores.add([*sums, float(not is_finite)])
 
     def checkpoint(self) -> dict:
         """The state in plain tensors, numbers, strings, lists and dicts; utils/checkpoint.py says what each is."""
+        self.read()
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -260,80 +295,70 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
     progress = Progress(label, data.steps, data.step_images, lambda: data.waited, run.step)
     for micro_batches in progress.track(data.training(run.epoch, run.step)):
         distributed.seed_dropout(args.seed, run.epoch, run.step)
-        run.scores.add(train_step(run, micro_batches))
-        run.step += 1
+        train_step(run, micro_batches, stop)
         progress.scores = str(run.scores)
         if args.save_freq and run.step % args.save_freq == 0:
             folder.save(run.checkpoint(), run.log)
-        stop.check()  # raises Stopped, in all processes at the same step
+        stop.check(run.is_stopping)  # raises Stopped, in all processes after the same step
+    run.read()
+    stop.check(run.is_stopping)
 
 
-def train_step(run: Run, micro_batches: Iterator[Batch]) -> list[float]:
-    """One optimizer step over ``iter_size`` micro-batches; returns what it adds to the scores.
+def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
+    """One optimizer step over ``iter_size`` micro-batches.
 
     Raises:
-        NotFinite: a loss or gradient is not finite; the weights are unchanged.
+        NotFinite: see :meth:`Run.read`.
     """
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
-    with excited_once(network, args.compile):  # the weights are excited here, once for all micro-batches
+    with excited_once(network):  # the weights are excited here, once for all micro-batches
         for index, batch in enumerate(micro_batches, 1):
             # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
             with distributed.reduce_if(index == args.iter_size, network):
-                loss, batch_sum = forward(network, batch, args)
+                loss, batch_sum = classify(network, batch, run.devices[0])
                 scaler.scale(loss / args.iter_size).backward()
             sums = sums + batch_sum
     scaler.unscale_(run.optimizer)
     # Max norm: a sum of squares can overflow although every gradient is finite.
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, math.inf).double()
-    *sums, norm = distributed.total(torch.cat([sums, norm[None]])).tolist()  # the only read of the device
-    loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
-    # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
-    if not math.isfinite(loss) or not (is_finite or (scaler.is_enabled() and scaler.get_scale() >= 2**-10)):
-        rate = f"learning rate {learning_rate(args, run.epoch):g}"
-        place = f"Epoch {run.epoch + 1}/{args.epochs}, step {run.step + 1}, {rate}"
-        raise NotFinite(f"{place}: the loss is {loss:.4g}" + (not is_finite) * f", the largest gradient {norm:.4g}")
-    if is_finite:  # the scaler would let a fused SGD that skips its first step keep uninitialized momentum
-        scaler.step(run.optimizer)
+    norm = torch.nn.utils.get_total_norm(gradients, math.inf)
+    scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
+    values = distributed.total(torch.cat([sums, torch.stack([norm, scale, stopping]).double()]))
+    run.unread.append((run.step, Reading(values)))
+    # On a GPU, read the step before: the GPU has this one's work meanwhile, and need not wait for the next one's.
+    run.read(behind=1 if values.is_cuda else 0)
+    # The device itself skips a step that is not finite: this is how a gradient scaler tells a fused optimizer.
+    run.optimizer.grad_scale, run.optimizer.found_inf = None, (~(values[0] + values[5]).isfinite()).float()
+    run.optimizer.step()
     scaler.update()
     run.optimizer.zero_grad()
-    return [*sums, float(not is_finite)]
+    run.step += 1
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module, data: Data, devices: list[torch.device], args: argparse.Namespace, stop: Stop | None = None
-) -> Scores:
+def validate(model: nn.Module, data: Data, devices: list[torch.device], args: argparse.Namespace, stop: Stop) -> Scores:
     """Scores over all validation images, on folded weights: excited once, and then plain convolutions."""
     distributed.share_buffers(model)
     folded = fold(model).eval()
     if args.compile:
         folded.compile()
-    network = distributed.over_devices(folded, devices)
-    sums = torch.zeros(5, dtype=torch.float64, device=devices[0])
+    network = distributed.over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
+    sums = torch.zeros(6, dtype=torch.float64, device=devices[0])  # those of a batch, and processes with a signal
     progress = Progress("Validate", data.val_batches, args.test_batch, lambda: data.waited)
     for batch in progress.track(data.validation()):
+        if stop.is_requested:  # the others learn of it by the sums
+            sums[5] += 1
+            break
         if len(batch.images) > 0:
-            sums += forward(network, batch, args)[1]
+            sums[:5] += classify(network, batch, devices[0])[1]
         else:  # none could be decoded, or this process has no part of a small batch
             sums[4] += batch.bad
-        if stop is not None:
-            stop.check()
-    scores = Scores([*distributed.total(sums).tolist(), 0.0])
+    *sums, stopping = distributed.total(sums).tolist()
+    stop.check(stopping > 0)
+    scores = Scores([*sums, 0.0])
     if scores.images == 0:
         raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
     return scores
-
-
-def forward(network: nn.Module, batch: Batch, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss of a batch of uint8 images, in nats, and what the batch adds to the scores."""
-    weight = next(network.parameters())
-    targets = batch.targets.to(weight.device, non_blocking=True)
-    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
-    with torch.autocast(weight.device.type, dtype, enabled=args.amp != "off"):
-        logits = network(normalize(batch.images, weight))
-        loss = F.cross_entropy(logits, targets)
-    return loss, batch_sums(logits, targets, loss, batch.bad)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,46 @@
 """excite_weight() of excitation.py in few passes over the weight, with the backward pass written out.
 
 The plain form keeps a temporary for each operation and reads memory two dozen times; this one keeps the raw weight, the
-gates and a few numbers for each filter, and works in memory that it has used before. Tests hold it against the plain
-form.
+gates and a few numbers for each filter, and on a CPU works in memory that it has used before. Tests hold it against the
+plain form.
+
+:func:`forward` and :func:`backward` take a stack of L layers of one shape, (L, O, I, kh, kw): on a GPU, where an
+operation costs more to launch than to do, all layers of that shape; on a CPU, one.
 """
 
 import math
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from models.excitation import MAGNITUDE_EPSILON, STD_EPSILON, ChannelGate, LocationGate, check_filters, map_limit
 
-FILTER = (1, 2, 3)  # the dimensions of a filter in a weight (O, I, kh, kw)
+FILTER = (2, 3, 4)  # the dimensions of a filter in a stack
+LAYER = (1, 2, 3, 4)
+
+
+class Steps(NamedTuple):
+    """What is done to a weight, in this order."""
+
+    standardized: bool
+    gate: type[ChannelGate] | type[LocationGate] | type[None]
+    mapped: bool
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass; None where a step was left out."""
+
+    raw: Tensor
+    mean: Tensor | None
+    std: Tensor | None
+    statistic: Tensor | None
+    size: Tensor | None
+    hidden: Tensor | None
+    gates: Tensor | None
+    limit: Tensor | None
 
 
 def excite_weight(
@@ -32,89 +57,112 @@ def excite_weight(
             the backward pass overwrites the gradient that it is given. On a CPU the page faults of fresh memory take as
             long as the arithmetic.
     """
+    steps = Steps(standardized, type(gate), mapped)
+    return _Excitation.apply(raw, steps, kept, *gate_parameters(gate, raw))
+
+
+def gate_parameters(gate: ChannelGate | LocationGate | None, like: Tensor) -> list[Tensor]:
+    """Both layers' weights and biases, in the type of ``like``."""
     # By name: a gate on one of DataParallel's replicas has tensors, and no parameters to list.
     layers = () if gate is None else (gate.fc1, gate.fc2)
-    parameters = [tensor.type_as(raw) for layer in layers for tensor in (layer.weight, layer.bias)]
-    return _Excitation.apply(raw, standardized, type(gate), mapped, kept, *parameters)
+    return [tensor.type_as(like) for layer in layers for tensor in (layer.weight, layer.bias)]
 
 
 class _Excitation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, raw, standardized, gate, mapped, kept, *layers):
-        ctx.overwrite, kept = kept is not None, {} if kept is None else kept
-        scratch, locations = _scratch(raw), raw.shape[2] * raw.shape[3]
-        weight = _memory(kept, "weight", raw)
-        mean = std = statistic = size = hidden = gates = limit = None
-        if standardized:
-            check_filters(raw)
-            mean = raw.mean(FILTER, keepdim=True)
-            torch.sub(raw, mean, out=weight)
-            # The norm of the centred filter takes a fraction of the time of torch.std.
-            std = torch.linalg.vector_norm(weight, dim=FILTER, keepdim=True) / math.sqrt(raw[0].numel() - 1)
-            weight.div_(std + STD_EPSILON)
-        else:
-            weight.copy_(raw)
-        if layers:
-            if gate is ChannelGate:
-                statistic = torch.abs(raw, out=_memory(scratch, "product", raw)).mean(FILTER)[None]
-                size = statistic.mean() + MAGNITUDE_EPSILON
-                statistic /= size
-            else:
-                statistic = _sum_locations(weight, 1 / locations)
-            hidden = F.linear(statistic, *layers[:2]).relu_()
-            gates = torch.addmm(layers[3], hidden, layers[2].T, out=_memory(kept, "gates", statistic)).sigmoid_()
-            weight.mul_(gates.view(len(raw), -1, 1, 1))
-            if statistic.data_ptr() == weight.data_ptr():  # of a 1 x 1 kernel, where ``weight`` was the statistic
-                statistic = None
-        if mapped:
-            dense = weight if weight.is_contiguous() else weight.permute(0, 2, 3, 1)  # the order of memory is fast
-            low, high = dense.aminmax()
-            limit = map_limit(torch.maximum(-low, high))
-            weight.div_(limit).atanh_().mul_(limit)
-        ctx.save_for_backward(raw, mean, std, statistic, size, hidden, gates, limit, *layers)
-        return weight
+    def forward(ctx, raw, steps, kept, *layers):
+        ctx.steps, ctx.overwrite = steps, kept is not None
+        weight, saved = forward(steps, raw[None], [layer[None] for layer in layers], {} if kept is None else kept)
+        ctx.save_for_backward(*saved, *layers)
+        return weight[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        raw, mean, std, statistic, size, hidden, gates, limit, *layers = ctx.saved_tensors
-        scratch, locations = _scratch(raw), raw.shape[2] * raw.shape[3]
-        product = _memory(scratch, "product", raw)
+        saved, layers = ctx.saved_tensors[: len(Saved._fields)], ctx.saved_tensors[len(Saved._fields) :]
         # Another tensor on the same memory: autograd copies a gradient that its caller still holds.
         grad = upstream.detach() if ctx.overwrite else upstream.clone()
-        weight = raw
-        if std is not None:
-            weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).div_(std + STD_EPSILON)
-        scale = None if gates is None else gates.view(len(raw), -1, 1, 1)
+        with torch.autocast(grad.device.type, enabled=False):
+            layers_grad = backward(ctx.steps, Saved(*saved), [layer[None] for layer in layers], grad[None])
+        return grad, None, None, *(gradient[0] for gradient in layers_grad)
 
-        if limit is not None:  # df/dw = 1 / (1 - (w / MA)^2), where w is the gated weight
-            torch.div(weight, limit, out=product)
-            if gates is not None:
-                product.mul_(scale)
-            grad.div_(torch.addcmul(torch.ones_like(limit), product, product, value=-1, out=product))
 
-        layers_grad = ()
+def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Tensor]) -> tuple[Tensor, Saved]:
+    """The excited weights of a stack.
+
+    Args:
+        raw: (L, O, I, kh, kw).
+        layers: weights and biases of the gates' two layers, each with a leading L; empty without a gate.
+        kept: memory to write the result to.
+    """
+    scratch, locations = _scratch(raw), raw.shape[3] * raw.shape[4]
+    weight = _memory(kept, "weight", raw)
+    mean = std = statistic = size = hidden = gates = limit = None
+    if steps.standardized:
+        check_filters(raw[0])
+        mean = raw.mean(FILTER, keepdim=True)
+        torch.sub(raw, mean, out=weight)
+        # The norm of the centred filter takes a fraction of the time of torch.std.
+        std = torch.linalg.vector_norm(weight, dim=FILTER, keepdim=True) / math.sqrt(raw[0, 0].numel() - 1)
+        weight.div_(std + STD_EPSILON)
+    else:
+        weight.copy_(raw)
+    if layers:
+        weight1, bias1, weight2, bias2 = layers
+        if steps.gate is ChannelGate:
+            statistic = torch.abs(raw, out=_memory(scratch, "product", raw)).mean(FILTER)[:, None]
+            size = statistic.mean((1, 2), keepdim=True) + MAGNITUDE_EPSILON
+            statistic /= size
+        else:
+            statistic = _sum_locations(weight, 1 / locations)
+        hidden = torch.baddbmm(bias1[:, None], statistic, weight1.mT).relu_()
+        gates = torch.baddbmm(bias2[:, None], hidden, weight2.mT, out=_memory(kept, "gates", statistic)).sigmoid_()
+        weight.mul_(_per_filter(gates, raw))
+        if steps.gate is LocationGate and locations == 1:
+            statistic = None  # it was a view of ``weight``
+    if steps.mapped:
+        limit = map_limit(_maximum(weight))
+        weight.div_(limit).atanh_().mul_(limit)
+    return weight, Saved(raw, mean, std, statistic, size, hidden, gates, limit)
+
+
+def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    """Turns ``grad``, that of the excited weights, into that of the raw weights; returns those of ``layers``."""
+    raw, mean, std, statistic, size, hidden, gates, limit = saved
+    scratch, locations, elements = _scratch(raw), raw.shape[3] * raw.shape[4], raw[0, 0].numel()
+    product = _memory(scratch, "product", raw)
+    weight = raw
+    if steps.standardized:
+        weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).div_(std + STD_EPSILON)
+
+    if steps.mapped:  # df/dw = 1 / (1 - (w / MA)^2), where w is the gated weight
+        torch.div(weight, limit, out=product)
         if gates is not None:
-            torch.mul(grad, weight, out=product)
-            gates_grad = _sum_locations(product) if size is None else product.sum(FILTER)[None]
-            grad.mul_(scale)
-            if statistic is None:
-                statistic = _sum_locations(weight, 1 / locations)
-            out = _memory(scratch, "statistic", gates)
-            statistic_grad, *layers_grad = _gate_backward(statistic, hidden, gates, layers, gates_grad, out)
-            if size is None:
-                grad.add_(statistic_grad.view(scale.shape), alpha=1 / locations)
+            product.mul_(_per_filter(gates, raw))
+        grad.div_(torch.addcmul(torch.ones_like(limit), product, product, value=-1, out=product))
 
-        if std is not None:
-            # With Z = (W - mean) / (s + e): dL/dW = (dL/dZ - its mean) / (s + e) - (dL/dZ . Z) Z / ((n - 1) s).
-            along = torch.mul(grad, weight, out=product).sum(FILTER, keepdim=True)
-            along = (along / ((raw[0].numel() - 1) * std)).masked_fill_(std == 0, 0)
-            grad.sub_(grad.mean(FILTER, keepdim=True)).div_(std + STD_EPSILON).addcmul_(weight, along, value=-1)
+    layers_grad = ()
+    if layers:
+        torch.mul(grad, weight, out=product)
+        gates_grad = _sum_locations(product) if steps.gate is LocationGate else product.sum(FILTER)[:, None]
+        grad.mul_(_per_filter(gates, raw))
+        if statistic is None:
+            statistic = _sum_locations(weight, 1 / locations)
+        out = _memory(scratch, "statistic", gates)
+        statistic_grad, *layers_grad = _gate_backward(statistic, hidden, gates, layers, gates_grad, out)
+        if steps.gate is LocationGate:
+            grad.add_(_per_filter(statistic_grad, raw), alpha=1 / locations)
 
-        if size is not None:  # the channel gate's statistic is m / (mean m + e), with m = mean |W| over a filter
-            along = (statistic_grad - (statistic_grad * statistic).mean()) / (size * raw[0].numel())
-            grad.addcmul_(torch.sign(raw, out=product), along.view(scale.shape))
-        return grad, None, None, None, None, *layers_grad
+    if steps.standardized:
+        # With Z = (W - mean) / (s + e): dL/dW = (dL/dZ - its mean) / (s + e) - (dL/dZ . Z) Z / ((n - 1) s).
+        along = torch.mul(grad, weight, out=product).sum(FILTER, keepdim=True)
+        along = (along / ((elements - 1) * std)).masked_fill_(std == 0, 0)
+        grad.sub_(grad.mean(FILTER, keepdim=True)).div_(std + STD_EPSILON).addcmul_(weight, along, value=-1)
+
+    if steps.gate is ChannelGate:  # whose statistic is m / (mean m + e), with m = mean |W| over a filter
+        along = (statistic_grad - (statistic_grad * statistic).mean((1, 2), keepdim=True)) / (size * elements)
+        grad.addcmul_(torch.sign(raw, out=product), _per_filter(along, raw))
+    return tuple(layers_grad)
 
 
 def _gate_backward(
@@ -123,19 +171,33 @@ def _gate_backward(
     """The gradients of the statistic, in ``out``, and of both layers; overwrites ``grad``, that of the gates."""
     weight1, _, weight2, _ = layers
     grad.mul_(gates).addcmul_(grad, gates, value=-1)  # the sigmoid's derivative is s (1 - s)
-    hidden_grad = (grad @ weight2).masked_fill_(hidden == 0, 0)
-    layers_grad = hidden_grad.T @ statistic, hidden_grad.sum(0), grad.T @ hidden, grad.sum(0)
-    return torch.mm(hidden_grad, weight1, out=out), *layers_grad
+    hidden_grad = torch.bmm(grad, weight2).masked_fill_(hidden == 0, 0)
+    layers_grad = torch.bmm(hidden_grad.mT, statistic), hidden_grad.sum(1), torch.bmm(grad.mT, hidden), grad.sum(1)
+    return torch.bmm(hidden_grad, weight1, out=out), *layers_grad
+
+
+def _per_filter(values: Tensor, raw: Tensor) -> Tensor:
+    """Gates (L, 1, O) or (L, O, I) so that they scale a stack."""
+    return values.view(*raw.shape[:2], -1, 1, 1)
+
+
+def _maximum(weight: Tensor) -> Tensor:
+    """The largest magnitude of each layer of a stack, for broadcasting."""
+    if len(weight) > 1:
+        return torch.linalg.vector_norm(weight, math.inf, LAYER, keepdim=True)
+    dense = weight if weight.is_contiguous() else weight.permute(0, 1, 3, 4, 2)  # the order of memory is fast
+    low, high = dense.aminmax()
+    return torch.maximum(-low, high)
 
 
 def _sum_locations(weight: Tensor, factor: float = 1) -> Tensor:
-    """(O, I, kh, kw) summed to (O, I), times ``factor``; of a 1 x 1 kernel, a view."""
-    locations = weight.shape[2] * weight.shape[3]
+    """(L, O, I, kh, kw) summed to (L, O, I), times ``factor``; of 1 x 1 kernels, a view."""
+    locations = weight.shape[3] * weight.shape[4]
     if locations == 1:
-        return weight.flatten(1)
+        return weight.flatten(2)
     if weight.is_contiguous():  # the sum of so few neighbours isn't vectorized, a product with ones is
-        return weight.flatten(2) @ weight.new_full((locations,), factor)
-    return weight.sum((2, 3)).mul_(factor)
+        return weight.flatten(3) @ weight.new_full((locations,), factor)
+    return weight.sum((3, 4)).mul_(factor)
 
 
 _threads = threading.local()

@@ -72,13 +72,13 @@ def stop_after(monkeypatch):
     """Send the coming run a signal after so many optimizer steps and validation batches, and no later run."""
 
     def set_up(steps: int, number: signal.Signals = signal.SIGTERM) -> None:
-        check, checks = Stop.check, iter(range(1, 10**6))
+        is_requested, looks = Stop.is_requested.fget, iter(range(1, 10**6))
 
-        def counting(stop: Stop) -> None:
-            if next(checks) == steps:
+        def counting(stop: Stop) -> bool:
+            if next(looks) == steps:
                 os.kill(os.getpid(), number)
-            check(stop)
+            return is_requested(stop)
 
-        monkeypatch.setattr(Stop, "check", counting)
+        monkeypatch.setattr(Stop, "is_requested", property(counting))
 
     return set_up

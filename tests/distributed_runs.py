@@ -1,18 +1,16 @@
 """What the processes of tests/test_torchrun.py run: imagenet.py with l_tiny and a change, or a count of bytes."""
 
 import os
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import imagenet
 import models
 from tests.helpers import register_tiny
 from utils import command
 from utils.data import Batch
-from utils.signals import Stopped
+from utils.signals import Stop, Stopped
 
 RANK = os.environ["RANK"]
 
@@ -25,13 +23,13 @@ def main(argv: list[str]) -> int:
     if change == "float64":
         torch.set_default_dtype(torch.float64)
     elif change.startswith("nan"):  # in one process alone, in its second micro-batch
-        forward, calls = imagenet.forward, iter(range(10**6))
+        classify, calls = imagenet.classify, iter(range(10**6))
 
         def failing(*inputs):
-            loss, sums = forward(*inputs)
+            loss, sums = classify(*inputs)
             return (loss * float("nan") if next(calls) == 1 and change.endswith(RANK) else loss), sums
 
-        imagenet.forward = failing
+        imagenet.classify = failing
     train = imagenet.train
 
     def telling(run, *rest):
@@ -49,7 +47,6 @@ def count_bytes(*iter_sizes: int) -> int:
     """For each iteration size, print the bytes that are reduced in a second optimizer step, and the gradients'."""
     dist.init_process_group("gloo")
     model = models.create("l_tiny", num_classes=3)
-    network = DistributedDataParallel(model)
     reduced = []
 
     def hook(state, bucket):
@@ -57,16 +54,15 @@ def count_bytes(*iter_sizes: int) -> int:
         future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return future.then(lambda done: done.value()[0] / dist.get_world_size())
 
-    network.register_comm_hook(None, hook)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, fused=True)
-    run = SimpleNamespace(network=network, optimizer=optimizer, scaler=torch.amp.GradScaler("cpu", enabled=False))
     batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), 0, [])
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for iter_size in iter_sizes:
-        run.args = imagenet.build_parser().parse_args(["--iter-size", str(iter_size)])
+        args = imagenet.build_parser().parse_args(["--iter-size", str(iter_size)])
+        run = imagenet.Run(args, model, None, [torch.device("cpu")])
+        run.network.register_comm_hook(None, hook)
         for _ in range(2):
             reduced.clear()
-            imagenet.train_step(run, iter([batch] * iter_size))
+            imagenet.train_step(run, iter([batch] * iter_size), Stop())
         print(sum(reduced), size)
     dist.destroy_process_group()
     return 0

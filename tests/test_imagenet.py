@@ -382,14 +382,14 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
 
 
 def test_a_killed_worker_ends_the_run(command, images, tmp_path, monkeypatch):
-    forward, before = imagenet.forward, multiprocessing.active_children()
+    classify, before = imagenet.classify, multiprocessing.active_children()
 
     def killing(*inputs):
         (set(multiprocessing.active_children()) - {*before}).pop().kill()
-        monkeypatch.setattr(imagenet, "forward", forward)
-        return forward(*inputs)
+        monkeypatch.setattr(imagenet, "classify", classify)
+        return classify(*inputs)
 
-    monkeypatch.setattr(imagenet, "forward", killing)
+    monkeypatch.setattr(imagenet, "classify", killing)
     result = command(*EXCITED, "-d", images, "--epochs", 1000, "-j", 2, "-c", tmp_path / "run")
     assert result.status == 1
     assert result.err.startswith("imagenet.py: a process that loads images died")

@@ -332,10 +332,10 @@ def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, m
     words = [*EXCITED, "-d", images, "--epochs", 2, "--train-batch", 2, "--iter-size", iter_size, "--save-freq", 1]
     words += ["--amp", amp]
     assert command(*words, "-c", tmp_path / "whole").status == 0
-    forward, calls = imagenet.forward, iter(range(10**6))
+    classify, calls = imagenet.classify, iter(range(10**6))
 
     def failing(*inputs):
-        loss, sums = forward(*inputs)
+        loss, sums = classify(*inputs)
         if loss.requires_grad and next(calls) == 4:  # micro-batch 5
             # The root's gradient is infinite at zero, its value is not.
             loss = loss * math.nan if kind == "loss" else loss + (loss - loss.detach()).sqrt()
@@ -343,9 +343,9 @@ def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, m
         return loss, sums
 
     run, step = tmp_path / "parts", 5 if iter_size == 1 else 2
-    monkeypatch.setattr(imagenet, "forward", failing)
+    monkeypatch.setattr(imagenet, "classify", failing)
     result = command(*words, "-c", run)
-    monkeypatch.setattr(imagenet, "forward", forward)
+    monkeypatch.setattr(imagenet, "classify", classify)
     assert result.status == 1
     assert f"Epoch 1/2, step {step}, learning rate 0.002: the loss is" in result.err
     assert ("the loss is nan" in result.err) is (kind == "loss")
@@ -357,13 +357,13 @@ def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, m
 
 
 def test_fp16_does_not_skip_for_ever(command, images, tmp_path, monkeypatch):
-    forward = imagenet.forward
+    classify = imagenet.classify
 
     def failing(*inputs):
-        loss, sums = forward(*inputs)
+        loss, sums = classify(*inputs)
         return (loss + (loss - loss.detach()).sqrt() if loss.requires_grad else loss), sums
 
-    monkeypatch.setattr(imagenet, "forward", failing)
+    monkeypatch.setattr(imagenet, "classify", failing)
     words = ["--train-batch", 1, "--epochs", 20, "--amp", "fp16"]
     result = command(*EXCITED, "-d", images, *words, "-c", tmp_path / "run")
     assert result.status == 1

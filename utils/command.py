@@ -40,7 +40,10 @@ def script(main: Callable[[list[str]], int], name: str) -> None:
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     if distributed.RANK > 0:  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(run(main, sys.argv[1:], name))
+    status = run(main, sys.argv[1:], name)
+    if status and distributed.is_joined():  # at a usual exit, NCCL waits for the others, which wait for this process
+        os._exit(status)
+    sys.exit(status)
 
 
 def run(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:

@@ -4,7 +4,6 @@ import argparse
 import bisect
 import contextlib
 import errno
-import functools
 import hashlib
 import math
 import multiprocessing
@@ -286,12 +285,15 @@ class Data:
             RunFailed: names an image that can't be decoded and says how to go on; with --skip-bad-images, which names
                 such images once and goes on without them, only where nothing can replace one.
         """
+        workers, is_gpu = math.ceil(self.args.workers / distributed.PROCESSES), self.device.type == "cuda"
         loader = DataLoader(
             _Folders(self.folders),
             batch_sampler=map(distributed.share, keys),
-            num_workers=math.ceil(self.args.workers / distributed.PROCESSES),
+            num_workers=workers,
+            # PyTorch's DistributedDataParallel asks for this: a fork would have the threads' locks of CUDA and NCCL.
+            multiprocessing_context="forkserver" if workers and is_gpu else None,
             collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=is_gpu,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # otherwise each pass draws a number from the global one
         )
@@ -360,21 +362,3 @@ def end_workers() -> None:
     for worker in _workers:
         worker.kill()
     _workers.clear()
-
-
-def normalize(images: Tensor, like: Tensor) -> Tensor:
-    """uint8 pixels (N, 3, H, W), normalized by ImageNet's mean and deviation.
-
-    Args:
-        like: has the device, the type and, where it has four dimensions, the memory format of the result.
-    """
-    last = like.dim() == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    mean, std = _mean_and_std(like.dtype, like.device)
-    images = images.to(like.device, non_blocking=True).to(like.dtype, memory_format=layout)
-    return images.sub_(mean).div_(std)
-
-
-@functools.cache  # a copy to a GPU waits for all that it has yet to do
-def _mean_and_std(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(255 * torch.tensor(value, dtype=dtype, device=device)[:, None, None] for value in (MEAN, STD))

@@ -5,6 +5,7 @@ import contextlib
 import os
 import shlex
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.arguments import cores
 from utils.errors import BadInput
 
 # As torchrun sets them; without it, there is one process.
@@ -34,7 +36,7 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
     Raises:
         BadInput: none of them is there.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = count_gpus()
     if gpus == 0:
         print("No GPU here: running on the CPU")
         return [torch.device("cpu")]
@@ -49,6 +51,43 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
     if usable != ids:
         print(f"--gpu-id {gpu_id}: this machine has {gpus} GPUs; using {','.join(map(str, usable))}")
     return [torch.device("cuda", index) for index in usable]
+
+
+def count_gpus() -> int:
+    """How many GPUs are here.
+
+    Raises:
+        BadInput: a driver is, but CUDA doesn't work with it.
+    """
+    with warnings.catch_warnings(record=True) as reasons:  # torch gives them by nothing else
+        warnings.simplefilter("always")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if reasons and gpus == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        reason = str(reasons[0].message).splitlines()[0]
+        raise BadInput(f"CUDA doesn't work here: {reason}; mend it, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
+    return gpus
+
+
+def check_works(device: torch.device) -> None:
+    """See that a GPU computes.
+
+    Raises:
+        BadInput: PyTorch is built without code for it, or it is full, or others have it for themselves.
+    """
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"--gpu-id {device.index}: {torch.cuda.get_device_name(device)} can't be used: {reason}"
+        ) from error
+
+
+def default_workers(gpu_id: str) -> int:
+    """Processes that load images: 8 for each GPU, at most one for each core, over all processes of the run."""
+    if PROCESSES == 1:
+        return min(cores(), 8 * len(gpu_id.split(",")))
+    return PROCESSES * min(max(cores() // LOCAL_PROCESSES, 1), 8)
 
 
 def describe(devices: list[torch.device]) -> str:
@@ -84,16 +123,32 @@ def join(args: argparse.Namespace) -> list[torch.device]:
     if args.compile and len(devices) > 1:
         raise BadInput("--compile: DataParallel's replicas can't be compiled; name one GPU by --gpu-id")
     torch.backends.cudnn.benchmark = True
+    is_gpu = devices[0].type == "cuda"
+    if is_gpu:
+        torch.cuda.set_device(devices[0])  # otherwise the thread that pins batches would open GPU 0 as well
+    for device in devices if is_gpu else ():
+        check_works(device)
     if PROCESSES == 1:
         return devices
     if "MASTER_ADDR" not in os.environ:
         raise BadInput(f"WORLD_SIZE is {PROCESSES} in the environment, but this isn't torchrun's doing: unset it")
-    if devices[0].type == "cuda":
-        torch.cuda.set_device(devices[0])
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=devices[0])
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    join_others(devices[0])
     return devices
+
+
+def join_others(device: torch.device) -> None:
+    """Meet the other processes.
+
+    Raises:
+        BadInput: only some have a GPU.
+    """
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo", timeout=TIMEOUT)
+    check_same(device.type)  # by gloo, before one waits for another in NCCL
+
+
+def is_joined() -> bool:
+    """Whether this process still counts on others."""
+    return dist.is_initialized()
 
 
 def leave() -> None:
@@ -142,7 +197,7 @@ def largest(value: int) -> int:
     """The largest value of all processes, on every one of them."""
     if not dist.is_initialized():
         return value
-    tensor = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    tensor = torch.tensor(value)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
@@ -165,7 +220,8 @@ def check_same(value: object) -> None:
         dist.all_gather_object(values, repr(value))
         if len(set(values)) > 1:
             raise BadInput(
-                "torchrun: the processes have different options, images in --data or checkpoints in --resume"
+                "torchrun: the processes have different options, images in --data or checkpoints in --resume, "
+                "or only some have a GPU"
             )
 
 
@@ -187,9 +243,29 @@ def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     return over_devices(model, devices)
 
 
-def over_devices(model: nn.Module, devices: list[torch.device]) -> nn.Module:
-    """The model over several GPUs of this process, or as it is."""
-    return nn.DataParallel(model, [device.index for device in devices]) if len(devices) > 1 else model
+def over_devices(model: nn.Module, devices: list[torch.device], is_fixed: bool = False) -> nn.Module:
+    """The model over several GPUs of this process, or as it is; ``is_fixed`` where its weights don't change."""
+    if len(devices) == 1:
+        return model
+    return (_FixedDataParallel if is_fixed else nn.DataParallel)(model, [device.index for device in devices])
+
+
+class _FixedDataParallel(nn.DataParallel):
+    """Sends its weights to the devices once, and not again for each batch."""
+
+    replicas = None
+
+    def replicate(self, module: nn.Module, device_ids: list[int]) -> list[nn.Module]:
+        if self.replicas is None:
+            self.replicas = super().replicate(module, self.device_ids)
+        return self.replicas[: len(device_ids)]
+
+
+def smallest_part(images: int, devices: list[torch.device]) -> int:
+    """How many images of a training batch a device gets at least: DataParallel divides as Tensor.chunk does."""
+    if PROCESSES > 1:
+        return images // PROCESSES
+    return len(torch.empty(images).chunk(len(devices))[-1])
 
 
 def reduce_if(is_last: bool, network: nn.Module) -> contextlib.AbstractContextManager:

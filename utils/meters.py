@@ -33,6 +33,22 @@ def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> T
     return torch.stack([loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images, bad_images]).double()
 
 
+class Reading:
+    """Numbers on their way from a device, which doesn't stop for them."""
+
+    def __init__(self, values: Tensor):
+        self.values = values.to("cpu", non_blocking=True)
+        self.arrival = torch.cuda.Event() if values.is_cuda else None
+        if self.arrival is not None:
+            self.arrival.record()
+
+    def read(self) -> list[float]:
+        """The numbers, once they are here."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.values.tolist()
+
+
 class Scores:
     """Running mean of loss (nats) and accuracies (percent) over images.
 

@@ -61,6 +61,8 @@ def resolve(
         if "epoch" in saved["missing"]:
             saved["epoch"] = args.start_epoch or 0
     args.start_epoch = args.start_epoch or 0
+    if args.workers is None:
+        args.workers = distributed.default_workers(args.gpu_id)
     check_outputs(args, saved, given)
     check_training(args)
     check_network(args, excited, architectures)

@@ -46,16 +46,22 @@ class Stop:
         # print() isn't allowed here: the signal may have come in the middle of another print.
         os.write(2, b"\nFinishing the optimizer step, then saving" + hint + b"\n")
 
-    def check(self) -> None:
-        """Between two steps.
+    @property
+    def is_requested(self) -> bool:
+        """Whether a signal came to this process, or torchrun is gone."""
+        return bool(self.number) or distributed.is_orphan()
+
+    def check(self, is_requested: bool) -> None:
+        """Between two steps, in all processes after the same one.
+
+        Args:
+            is_requested: whether any process has the signal; the same in all.
 
         Raises:
-            Stopped: a signal came to any of the processes, or torchrun is gone; in all processes at the same step.
+            Stopped: it has.
         """
-        number = self.number or (signal.SIGHUP if distributed.is_orphan() else 0)
-        number = distributed.largest(number)
-        if number:
-            raise Stopped(number)
+        if is_requested:
+            raise Stopped(distributed.largest(self.number or (signal.SIGHUP if distributed.is_orphan() else 0)))
 
 
 def ignore_in_worker() -> None:

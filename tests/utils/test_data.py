@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 import imagenet
 from tests.helpers import draw_folder
-from utils.data import MEAN, STD, TRAIN, VAL, Data, ImageFolder, end_workers, normalize, shuffle
+from utils.data import TRAIN, VAL, Data, ImageFolder, end_workers, shuffle
 from utils.images import random_resized_crop
 
 
@@ -102,13 +102,6 @@ def test_crops_are_distributed_as_torchvisions():
     error = theirs.std(0) / math.sqrt(len(theirs))
     assert (abs(ours.mean(0) - theirs.mean(0)) < 5 * error).all()
     np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.1)
-
-
-def test_normalize():
-    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    for dtype in (torch.float32, torch.float64):
-        expected = v2.functional.normalize(pixels.to(dtype) / 255, list(MEAN), list(STD))
-        torch.testing.assert_close(normalize(pixels, torch.zeros((), dtype=dtype)), expected)
 
 
 def test_the_order_is_whole_steps_of_each_epochs_shuffle(images):

@@ -14,10 +14,12 @@ from utils.signals import ENDING, Stop, Stopped
 def test_a_signal_waits_for_the_end_of_a_step(number, capfd):
     before = [signal.getsignal(each) for each in ENDING]
     with Stop() as stop:
-        stop.check()
+        assert not stop.is_requested
+        stop.check(False)
         os.kill(os.getpid(), number)
+        assert stop.is_requested
         with pytest.raises(Stopped, match=number.name) as stopped:
-            stop.check()
+            stop.check(True)
     assert stopped.value.number == number
     assert [signal.getsignal(each) for each in ENDING] == before
     assert "Finishing the optimizer step, then saving; a second signal stops at once" in capfd.readouterr().err
@@ -30,7 +32,7 @@ def test_a_second_signal_and_one_that_is_ignored():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            stop.check()
+            assert not stop.is_requested
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
         return 0
@@ -41,11 +43,11 @@ def test_a_second_signal_and_one_that_is_ignored():
 def test_torchrun_hands_a_signal_on_and_is_killed(monkeypatch):
     monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
     with Stop() as stop:
-        stop.check()
+        assert not stop.is_requested
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
-            stop.check()
+            stop.check(stop.is_requested)
     monkeypatch.setattr(distributed, "PARENT", -1)
     with Stop() as stop, pytest.raises(Stopped, match="SIGHUP"):
-        stop.check()
+        stop.check(stop.is_requested)

@@ -1,0 +1,274 @@
+"""What only a GPU can tell: whether it computes as a CPU does, and how fast it trains with and without excitation.
+
+python -m benchmarks.gpu check                           against float64 on the CPU, in all ways to use a GPU
+python -m benchmarks.gpu speed [--mode NAME ...] [--micro-batch N ...] [--seconds X]
+
+Without a GPU, the same small and on the CPU. A step is the trainer's own, of images in memory.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import gc
+import os
+import warnings
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import nn
+
+import imagenet
+import models
+from benchmarks.measure import markdown, median, ratio, rounds
+from models.layers import Conv2d, excited_once
+from utils import command, distributed
+from utils.arguments import Parser, number
+from utils.classifier import Classifier, classify
+from utils.data import Batch
+from utils.signals import Stop
+
+IS_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if IS_GPU else torch.device("cpu")
+ARCH, SIZE, STEP, MICRO_BATCHES = (
+    ("l_resnet50", 224, 256, [32, 64, 128, 256]) if IS_GPU else ("l_resnet18", 32, 4, [2, 4])
+)
+STEPS = 4  # timed at once, as a step's values are read while the next one is computed
+MIB = 2**20
+# Options of imagenet.py.
+MODES = {
+    "float32": "",
+    "bf16": "--amp bf16",
+    "bf16, channels last": "--amp bf16 --channels-last",
+    "bf16, compiled": "--amp bf16 --compile",
+    "bf16, channels last, compiled": "--amp bf16 --channels-last --compile",
+}
+PLAIN, BATCH_NORM = "plain GroupNorm", "torchvision, BatchNorm"
+VARIANTS = {
+    PLAIN: {"excitation": "none", "standardize": False},
+    "`channel`": {},
+    "`paper`": {"formulation": "paper"},
+    BATCH_NORM: {},
+}
+
+
+def batches(images: int, size: int, count: int = 1) -> list[Batch]:
+    """As the loader hands them over."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (count, images, size, size, 3), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 5, (count, images), generator=generator)
+    pixels = (pixels.pin_memory() if IS_GPU else pixels).permute(0, 1, 4, 2, 3)
+    return [Batch(*batch, 0, []) for batch in zip(pixels, targets, strict=True)]
+
+
+def run_of(model: nn.Module, options: str = "", devices: list[torch.device] | None = None) -> imagenet.Run:
+    """A run of the model on the device, without a folder and data."""
+    args = imagenet.build_parser().parse_args(["--lr", "0.01", *options.split()])
+    args.start_epoch = 0
+    devices = devices or [DEVICE]
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return imagenet.Run(args, model.to(devices[0], memory_format=layout).train(), None, devices)
+
+
+def train(run: imagenet.Run, batches: list[Batch], steps: int = 3) -> nn.Module:
+    """The model after some steps of the same images."""
+    for _ in range(steps):
+        imagenet.train_step(run, iter(batches), Stop())
+    run.read()
+    return run.model
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    """Of the parameters: the largest ratio of a difference's norm to the norm."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    pairs = ((a.detach().cpu().double(), b.detach().cpu().double()) for a, b in pairs)
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
+
+
+def checks() -> Iterator[tuple[str, float, float]]:
+    """What is compared, how far it is apart, and how far it may be."""
+    torch.backends.cudnn.allow_tf32 = False
+    for formulation, options, size in product(("channel", "paper"), ("", "--channels-last"), (1, 3)):
+        torch.manual_seed(0)
+        exact = models.create("l_resnet18", num_classes=5, formulation=formulation).double()
+        model, data = copy.deepcopy(exact), batches(4, 32, size)
+        train(run_of(model, f"{options} --iter-size {size}"), data)
+        train(run_of(exact, f"--iter-size {size}", [torch.device("cpu")]), data)
+        yield f"float64, {formulation} {options} --iter-size {size}, against the CPU", distance(model, exact), 1e-9
+
+    base = models.create("l_resnet18", num_classes=5, formulation="paper").double()
+    one = train(run_of(copy.deepcopy(base), "--iter-size 2"), batches(6, 32, 2))
+    if IS_GPU:
+        several = train(run_of(copy.deepcopy(base), "--iter-size 2", 3 * [DEVICE]), batches(6, 32, 2))
+        yield "float64, DataParallel of three replicas on one GPU", distance(several, one), 1e-9
+    with joined():
+        alone = train(run_of(copy.deepcopy(base), "--iter-size 2"), batches(6, 32, 2))
+    yield "float64, DistributedDataParallel of one process", distance(alone, one), 1e-9
+
+    base.float()
+    yield "excitation of two steps that add up their gradients", accumulated(base), 1e-10
+    exact = loss_of(base, "")
+    for amp, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        kinds = replica_types(base, amp)
+        yield f"--amp {amp}, outputs of another type in replicas", sum(kind != dtype for kind in kinds), 0
+        yield f"--amp {amp}, loss of three steps against float32", abs(loss_of(base, f"--amp {amp}") / exact - 1), 0.02
+        yield f"--amp {amp}, waits for the device in two steps, beyond two reads", waits(base, amp) - 2, 0
+
+
+def loss_of(model: nn.Module, options: str) -> float:
+    """The mean loss of three steps."""
+    run = run_of(copy.deepcopy(model), options)
+    train(run, batches(16, 32))
+    return run.scores.loss
+
+
+def replica_types(model: nn.Module, amp: str) -> list[torch.dtype]:
+    """Of the outputs of norms and classifier, over two devices."""
+    seen = []
+    network = Classifier(copy.deepcopy(model).to(DEVICE), amp, channels_last=False)
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.GroupNorm):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    classify(distributed.over_devices(network, (2 if IS_GPU else 1) * [DEVICE]), batches(4, 32)[0], DEVICE)
+    return seen
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """In a process group of this process alone."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "RANK": "0", "WORLD_SIZE": "1"}
+    distributed.join_others(DEVICE)
+    try:
+        yield
+    finally:
+        distributed.leave()
+
+
+def accumulated(model: nn.Module) -> float:
+    """How far gradients of two blocks without zero_grad() between are from those of two forward passes.
+
+    From the second block on, a graph is replayed.
+    """
+    model, images = copy.deepcopy(model).double().to(DEVICE), batches(4, 32)[0].images.to(DEVICE).double() / 255
+    for _ in range(3):
+        model.zero_grad()
+        for _ in range(2):
+            with excited_once(model):
+                model(images).square().mean().backward()
+    once = copy.deepcopy(model)
+    for parameter, other in zip(once.parameters(), model.parameters(), strict=True):
+        parameter.data = other.grad.clone()
+    model.zero_grad()
+    for _ in range(2):
+        model(images).square().mean().backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    return distance(once, model)
+
+
+def waits(model: nn.Module, amp: str) -> int:
+    """How often two steps of two micro-batches make the CPU wait for the GPU, as torch tells it."""
+    if not IS_GPU:
+        return 2
+    run, data = run_of(copy.deepcopy(model), f"--amp {amp} --iter-size 2"), batches(4, 32, 2)
+    train(run, data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train(run, data, 2)
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def check() -> int:
+    """Print every check; 1 if one fails."""
+    failed = 0
+    for name, found, bound in checks():
+        failed += not found <= bound
+        print(f"{'ok ' if found <= bound else 'BAD'} {name}: {found:.1e} of {bound:.0e}", flush=True)
+    return int(failed > 0)
+
+
+def excitation_table(seconds: float) -> list[list[str]]:
+    """Excitation alone, both passes, as a step has it."""
+    rows = [["excitation alone, a step", "ms"]]
+    for name in ("`channel`", "`paper`"):
+        model = models.create(ARCH, **VARIANTS[name]).to(DEVICE)
+        convs = [module for module in model.modules() if isinstance(module, Conv2d)]
+        grads = [torch.randn_like(conv.weight) for conv in convs]
+        alone = functools.partial(excite_alone, model, convs, grads)
+        alone()  # the second call captures a graph
+        rows.append([name, f"{1e3 * median(rounds({name: alone}, seconds / 2), name):.2f}"])
+    return rows
+
+
+def excite_alone(model: nn.Module, convs: list[Conv2d], grads: list[torch.Tensor]) -> None:
+    """Forward, and backward from given gradients."""
+    with excited_once(model):
+        for conv, grad in zip(convs, grads, strict=True):
+            conv.weight.grad = grad
+    model.zero_grad()
+
+
+def speed_row(mode: str, images: int, size: int, seconds: float) -> list[str]:
+    """Each network's images/s and peak memory, and both over the plain one's."""
+    torch.compiler.reset()
+    count = max(STEP // images, 1)
+    data, steps, peaks = batches(images, size, count), {}, {}
+    for name, settings in VARIANTS.items():
+        gc.collect()
+        before = memory()  # of the networks before it
+        model = models.create(ARCH.removeprefix("l_") if name == BATCH_NORM else ARCH, **settings)
+        run = run_of(model, f"{MODES[mode]} --iter-size {count}")
+        steps[name] = functools.partial(train, run, data, STEPS)
+        steps[name]()
+        peaks[name] = peak_memory() - before
+    times = rounds(steps, seconds)
+    cells = [mode, f"{images} x {count}"]
+    for name in VARIANTS:
+        speed, over = STEPS * count * images / median(times, name), ratio(times, PLAIN, name)
+        cells.append(f"{speed:.0f} ({over:.3f})")
+    for name in VARIANTS if IS_GPU else ():
+        cells.append(f"{peaks[name] / MIB:.0f} ({peaks[name] / peaks[PLAIN]:.3f})")
+    return cells
+
+
+def memory() -> int:
+    """Bytes of the GPU that tensors take now; the peak begins here."""
+    if not IS_GPU:
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_memory() -> int:
+    """Bytes that tensors have taken at most."""
+    return torch.cuda.max_memory_allocated() if IS_GPU else 0
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "speed"))
+    count = {"type": number(int, 1), "metavar": "N"}
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="[all]")
+    parser.add_argument("--micro-batch", **count, nargs="+", default=MICRO_BATCHES, help="images [32 64 128 256]")
+    parser.add_argument("--seconds", type=number(float, 0), default=20, metavar="X", help="for each row [20]")
+    args = parser.parse_args(argv)
+    torch.backends.cudnn.benchmark = True
+    name = torch.cuda.get_device_name() if IS_GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}; torch {torch.__version__}", flush=True)
+    if args.what == "check":
+        return check()
+    print(f"{ARCH} at {SIZE} pixels, {STEP} images to an optimizer step\n\n{markdown(excitation_table(args.seconds))}")
+    names = [f"{name}, {unit}" for unit in ("images/s", "MiB")[: 1 + IS_GPU] for name in VARIANTS]
+    print("\nImages/s of whole steps and peak memory; in brackets, over the plain network's.\n")
+    rows = [["mode", "micro-batch", *names]]
+    print(markdown(rows), flush=True)
+    for mode, images in product(args.mode, args.micro_batch):
+        print(markdown([speed_row(mode, images, SIZE, args.seconds)]).splitlines()[0], flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    command.script(main, "benchmarks.gpu")
