@@ -21,7 +21,7 @@ import models
 from models.inspection import inspect_layers
 from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
 from utils import checkpoint, command, distributed, options, pictures
-from utils.arguments import COUNT, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
+from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
 from utils.classifier import Classifier, classify
 from utils.data import Batch, Data
 from utils.errors import BadInput, NotFinite, RunFailed
@@ -69,13 +69,7 @@ def build_parser() -> Parser:
     add("--test-batch", **COUNT, default=200, help="images per validation batch, over all GPUs together [%(default)s]")
     add("--iter-size", **COUNT, default=1, help="micro-batches per optimizer step [%(default)s]")
     add("--lr", "--learning-rate", **FACTOR, default=0.1, help="try 0.1 x images of a step / 256 [%(default)s]")
-    add(
-        "--schedule",
-        **NATURAL | {"metavar": "EPOCH"},
-        nargs="*",
-        default=[30, 60],
-        help="epochs after which the rate drops [30 60]",
-    )
+    add("--schedule", **EPOCHS, default=[30, 60], help="epochs after which the rate drops [30 60]")
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD [%(default)s]")
     add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
@@ -194,9 +188,8 @@ class Run:
         self.args, self.model, self.data, self.devices = args, model, data, devices
         if args.compile:
             model.compile()
-        self.network = distributed.parallel(
-            Classifier(model, args.amp, args.channels_last), devices
-        )  # the model over all devices
+        classifier = Classifier(model, args.amp, args.channels_last)
+        self.network = distributed.parallel(classifier, devices)  # over all of them
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
         for parameter in model.parameters() if args.momentum else ():
@@ -224,11 +217,9 @@ class Run:
             # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
             may_overflow = self.scaler.is_enabled() and scale / distributed.PROCESSES >= 2**-10
             if not math.isfinite(loss) or not (is_finite or may_overflow):
-                rate = f"learning rate {learning_rate(self.args, self.epoch):g}"
-                place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, {rate}"
-                raise NotFinite(
-                    f"{place}: the loss is {loss:.4g}" + (not is_finite) * f", the largest gradient {norm:.4g}"
-                )
+                lr, norm = learning_rate(self.args, self.epoch), norm / distributed.PROCESSES
+                place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, learning rate {lr:g}"
+                raise NotFinite(f"{place}: the loss is {loss:.4g}, the largest gradient {norm:.4g}")
             self.scores.add([*sums, float(not is_finite)])
 
     def checkpoint(self) -> dict:
@@ -278,8 +269,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         is_best = valid.top1 > run.best_acc
         run.acc, run.best_acc = valid.top1, max(valid.top1, run.best_acc)
         took = run.log.append(lr, trained, valid, run.epoch)
-        is_kept = args.keep_freq > 0 and run.epoch % args.keep_freq == 0
-        folder.save(run.checkpoint(), run.log, is_best, is_kept)
+        folder.save(run.checkpoint(), run.log, is_best, is_kept=args.keep_freq > 0 and run.epoch % args.keep_freq == 0)
         print(f"{label}  lr {lr:.4g}  train {trained}  valid {valid} {valid.describe_images()}  {took}")
 
 
@@ -305,11 +295,7 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
 
 
 def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
-    """One optimizer step over ``iter_size`` micro-batches.
-
-    Raises:
-        NotFinite: see :meth:`Run.read`.
-    """
+    """One optimizer step over ``iter_size`` micro-batches; raises as :meth:`Run.read` does."""
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
     with excited_once(network):  # the weights are excited here, once for all micro-batches
         for index, batch in enumerate(micro_batches, 1):
@@ -325,8 +311,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
     values = distributed.total(torch.cat([sums, torch.stack([norm, scale, stopping]).double()]))
     run.unread.append((run.step, Reading(values)))
-    # On a GPU, read the step before: the GPU has this one's work meanwhile, and need not wait for the next one's.
-    run.read(behind=1 if values.is_cuda else 0)
+    run.read(behind=1 if values.is_cuda else 0)  # a GPU does this step meanwhile, and won't wait for the next one
     # The device itself skips a step that is not finite: this is how a gradient scaler tells a fused optimizer.
     run.optimizer.grad_scale, run.optimizer.found_inf = None, (~(values[0] + values[5]).isfinite()).float()
     run.optimizer.step()

@@ -95,30 +95,28 @@ def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Ten
         layers: weights and biases of the gates' two layers, each with a leading L; empty without a gate.
         kept: memory to write the result to.
     """
-    scratch, locations = _scratch(raw), raw.shape[3] * raw.shape[4]
-    weight = _memory(kept, "weight", raw)
+    weight, locations, elements = _memory(kept, "weight", raw), raw.shape[3] * raw.shape[4], raw[0, 0].numel()
     mean = std = statistic = size = hidden = gates = limit = None
+    source, factor = raw, 1
     if steps.standardized:
         check_filters(raw[0])
         mean = raw.mean(FILTER, keepdim=True)
-        torch.sub(raw, mean, out=weight)
+        source = torch.sub(raw, mean, out=weight)
         # The norm of the centred filter takes a fraction of the time of torch.std.
-        std = torch.linalg.vector_norm(weight, dim=FILTER, keepdim=True) / math.sqrt(raw[0, 0].numel() - 1)
-        weight.div_(std + STD_EPSILON)
-    else:
-        weight.copy_(raw)
-    if layers:
-        weight1, bias1, weight2, bias2 = layers
-        if steps.gate is ChannelGate:
-            statistic = torch.abs(raw, out=_memory(scratch, "product", raw)).mean(FILTER)[:, None]
-            size = statistic.mean((1, 2), keepdim=True) + MAGNITUDE_EPSILON
-            statistic /= size
-        else:
-            statistic = _sum_locations(weight, 1 / locations)
-        hidden = torch.baddbmm(bias1[:, None], statistic, weight1.mT).relu_()
-        gates = torch.baddbmm(bias2[:, None], hidden, weight2.mT, out=_memory(kept, "gates", statistic)).sigmoid_()
+        std = torch.linalg.vector_norm(source, dim=FILTER, keepdim=True) / math.sqrt(elements - 1)
+        factor = 1 / (std + STD_EPSILON)
+    if steps.gate is ChannelGate:
+        statistic = torch.abs(raw, out=_memory(_scratch(raw), "product", raw)).mean(FILTER)[:, None]
+        size = statistic.mean((1, 2), keepdim=True) + MAGNITUDE_EPSILON
+        statistic /= size
+        hidden, gates = _gate(statistic, layers, kept)
+        factor = factor * _per_filter(gates, raw)
+    torch.mul(source, factor, out=weight)
+    if steps.gate is LocationGate:
+        statistic = _sum_locations(weight, 1 / locations)
+        hidden, gates = _gate(statistic, layers, kept)
         weight.mul_(_per_filter(gates, raw))
-        if steps.gate is LocationGate and locations == 1:
+        if locations == 1:
             statistic = None  # it was a view of ``weight``
     if steps.mapped:
         limit = map_limit(_maximum(weight))
@@ -131,33 +129,41 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
     raw, mean, std, statistic, size, hidden, gates, limit = saved
     scratch, locations, elements = _scratch(raw), raw.shape[3] * raw.shape[4], raw[0, 0].numel()
     product = _memory(scratch, "product", raw)
-    weight = raw
+    gain = None if gates is None else _per_filter(gates, raw)
+    weight, scale = raw, None  # the weight as it was gated
     if steps.standardized:
-        weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).div_(std + STD_EPSILON)
+        scale = 1 / (std + STD_EPSILON)
+        weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).mul_(scale)
 
     if steps.mapped:  # df/dw = 1 / (1 - (w / MA)^2), where w is the gated weight
         torch.div(weight, limit, out=product)
         if gates is not None:
-            product.mul_(_per_filter(gates, raw))
+            product.mul_(gain)
         grad.div_(torch.addcmul(torch.ones_like(limit), product, product, value=-1, out=product))
 
-    layers_grad = ()
-    if layers:
+    layers_grad, along = (), None  # the latter: dL/dZ . Z of each filter
+    if gates is not None:
         torch.mul(grad, weight, out=product)
-        gates_grad = _sum_locations(product) if steps.gate is LocationGate else product.sum(FILTER)[:, None]
-        grad.mul_(_per_filter(gates, raw))
+        along = product.sum(FILTER)[:, None] if steps.gate is ChannelGate else _sum_locations(product)
+        along.mul_(gates)
         if statistic is None:
             statistic = _sum_locations(weight, 1 / locations)
-        out = _memory(scratch, "statistic", gates)
-        statistic_grad, *layers_grad = _gate_backward(statistic, hidden, gates, layers, gates_grad, out)
-        if steps.gate is LocationGate:
-            grad.add_(_per_filter(statistic_grad, raw), alpha=1 / locations)
+        statistic_grad, *layers_grad = _gate_backward(statistic, hidden, gates, layers, along, scratch)
+    if steps.gate is LocationGate:
+        grad.mul_(gain).add_(_per_filter(statistic_grad, raw), alpha=1 / locations)
+        along = along.addcmul_(statistic_grad, statistic).sum(2)
 
+    factor = scale
+    if steps.gate is ChannelGate:
+        factor = gain if scale is None else scale * gain
     if steps.standardized:
         # With Z = (W - mean) / (s + e): dL/dW = (dL/dZ - its mean) / (s + e) - (dL/dZ . Z) Z / ((n - 1) s).
-        along = torch.mul(grad, weight, out=product).sum(FILTER, keepdim=True)
-        along = (along / ((elements - 1) * std)).masked_fill_(std == 0, 0)
-        grad.sub_(grad.mean(FILTER, keepdim=True)).div_(std + STD_EPSILON).addcmul_(weight, along, value=-1)
+        if along is None:
+            along = torch.mul(grad, weight, out=product).sum(FILTER)
+        along = (_per_filter(along, raw) / ((elements - 1) * std)).masked_fill_(std == 0, 0)
+        grad.sub_(grad.mean(FILTER, keepdim=True)).mul_(factor).addcmul_(weight, along, value=-1)
+    elif factor is not None:
+        grad.mul_(factor)
 
     if steps.gate is ChannelGate:  # whose statistic is m / (mean m + e), with m = mean |W| over a filter
         along = (statistic_grad - (statistic_grad * statistic).mean((1, 2), keepdim=True)) / (size * elements)
@@ -165,15 +171,29 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
     return tuple(layers_grad)
 
 
+def _gate(statistic: Tensor, layers: list[Tensor], kept: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The hidden features and the gates of (L, rows, features)."""
+    weight1, bias1, weight2, bias2 = layers
+    hidden = torch.baddbmm(bias1[:, None], statistic, weight1.mT).relu_()
+    gates = torch.baddbmm(bias2[:, None], hidden, weight2.mT, out=_memory(kept, "gates", statistic)).sigmoid_()
+    return hidden, gates
+
+
 def _gate_backward(
-    statistic: Tensor, hidden: Tensor, gates: Tensor, layers: list[Tensor], grad: Tensor, out: Tensor
+    statistic: Tensor,
+    hidden: Tensor,
+    gates: Tensor,
+    layers: list[Tensor],
+    weighted: Tensor,
+    scratch: dict[str, Tensor],
 ) -> tuple[Tensor, ...]:
-    """The gradients of the statistic, in ``out``, and of both layers; overwrites ``grad``, that of the gates."""
+    """The gradients of the statistic and of both layers, from that of the gates times the gates."""
     weight1, _, weight2, _ = layers
-    grad.mul_(gates).addcmul_(grad, gates, value=-1)  # the sigmoid's derivative is s (1 - s)
+    # The sigmoid's derivative is s (1 - s).
+    grad = torch.addcmul(weighted, weighted, gates, value=-1, out=_memory(scratch, "gates", gates))
     hidden_grad = torch.bmm(grad, weight2).masked_fill_(hidden == 0, 0)
     layers_grad = torch.bmm(hidden_grad.mT, statistic), hidden_grad.sum(1), torch.bmm(grad.mT, hidden), grad.sum(1)
-    return torch.bmm(hidden_grad, weight1, out=out), *layers_grad
+    return torch.bmm(hidden_grad, weight1, out=_memory(scratch, "statistic", gates)), *layers_grad
 
 
 def _per_filter(values: Tensor, raw: Tensor) -> Tensor:

@@ -198,15 +198,19 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     excited = _excited_weights(model, convs)
     finished = [nn.Parameter(weight.detach(), requires_grad=weight.requires_grad) for weight in excited]
     try:
-        for conv, weight in zip(convs, finished, strict=True):
-            conv.weight, conv.finished = weight, True
+        _exchange(convs, finished, True)
         yield
     finally:
-        for conv, weight in zip(convs, raw, strict=True):
-            conv.weight, conv.finished = weight, False
+        _exchange(convs, raw, False)
     used = [(weight, leaf.grad) for weight, leaf in zip(excited, finished, strict=True) if leaf.grad is not None]
     if used:
         torch.autograd.backward(*zip(*used, strict=True))
+
+
+def _exchange(convs: list[Conv2d], weights: list[nn.Parameter], finished: bool) -> None:
+    for conv, weight in zip(convs, weights, strict=True):
+        conv._parameters["weight"] = weight  # setattr looks through all of a module's tensors first
+        conv.finished = finished
 
 
 def _arguments(conv: nn.Conv2d) -> dict:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from models import fused
 from models.fused import Saved, Steps
 
-BRANCHES = 4  # stacks that a graph works on at the same time
+BRANCHES = 8  # stacks that a graph works on at the same time
 
 
 class Layer(NamedTuple):
@@ -68,7 +68,7 @@ class _Plan:
     """How a model's layers are stacked, and the graphs of both passes once they are captured."""
 
     def __init__(self, layers: list[Layer]):
-        self.layers, self.graphs = layers, None
+        self.layers, self.identity, self.graphs = layers, _identify(layers), None
         kinds = defaultdict(list)
         for index, (steps, tensors) in enumerate(layers):
             parts = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
@@ -77,7 +77,7 @@ class _Plan:
 
     def fits(self, layers: list[Layer]) -> bool:
         """Whether these are the same layers in the same memory."""
-        return _identify(layers) == _identify(self.layers)
+        return _identify(layers) == self.identity
 
     def can_be_captured(self) -> bool:
         """Whether all is on one GPU, and no graph is captured yet, nor by the caller at this moment."""
@@ -163,9 +163,10 @@ _plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
 
 
 def _identify(layers: list[Layer]) -> list[tuple]:
-    return [
-        (steps, *((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in tensors)) for steps, tensors in layers
-    ]
+    weights = [tensors[0] for _, tensors in layers]
+    kinds = [(weight.shape, weight.stride(), weight.dtype, weight.device) for weight in weights]
+    places = [[tensor.data_ptr() for tensor in tensors] for _, tensors in layers]
+    return list(zip((steps for steps, _ in layers), kinds, places, strict=True))
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:

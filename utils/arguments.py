@@ -48,6 +48,7 @@ def flag(name: str) -> str:
 # The kinds of options: keywords of add_argument().
 COUNT = {"type": number(int, 1, 2**31), "metavar": "N"}
 NATURAL = {"type": number(int, 0, 2**63), "metavar": "N"}
+EPOCHS = {"type": number(int, 0, 2**63), "nargs": "*", "metavar": "EPOCH"}
 FACTOR = {"type": number(float, 0), "metavar": "X"}
 PROBABILITY = {"type": number(float, 0, 1), "metavar": "P"}
 FOLDER = {"type": path, "metavar": "DIR"}

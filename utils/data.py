@@ -8,6 +8,7 @@ import hashlib
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import random
 import signal
@@ -286,12 +287,16 @@ class Data:
                 such images once and goes on without them, only where nothing can replace one.
         """
         workers, is_gpu = math.ceil(self.args.workers / distributed.PROCESSES), self.device.type == "cuda"
+        # A fork would have the locks of CUDA's and NCCL's threads, and nobody to open them.
+        context = multiprocessing.get_context("forkserver" if is_gpu else None)
+        if context.get_start_method() == "forkserver":
+            with held():  # of its own, as the start ends it
+                multiprocessing.resource_tracker.ensure_running()
         loader = DataLoader(
             _Folders(self.folders),
             batch_sampler=map(distributed.share, keys),
             num_workers=workers,
-            # PyTorch's DistributedDataParallel asks for this: a fork would have the threads' locks of CUDA and NCCL.
-            multiprocessing_context="forkserver" if workers and is_gpu else None,
+            multiprocessing_context=context if workers else None,
             collate_fn=_collate,
             pin_memory=is_gpu,
             worker_init_fn=_start_worker,
