@@ -94,9 +94,8 @@ class _Plan:
             # By thread, as others, such as the one that pins a loader's batches, go on with their own work.
             with torch.cuda.graph(forward, capture_error_mode="thread_local"):
                 self.excited = self._excite(_side_by_side)
-            self.upstream = [torch.zeros_like(stack.weight) for stack in self.excited]
             with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
-                self.grads = self._differentiate(self.excited, self.upstream, _side_by_side)
+                self.grads = self._differentiate(self.excited, _side_by_side)
         self.graphs = forward, backward
 
     def forward(self) -> tuple[list[Tensor], list[Excited]]:
@@ -109,21 +108,22 @@ class _Plan:
         return [weight for (weight,) in self._by_layer([[stack.weight] for stack in excited])], excited
 
     def backward(self, excited: list[Excited], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-        """The gradients of all layers' tensors from those of the excited weights; a layer without one gets none."""
-        is_replay = self.graphs is not None and excited is self.excited
-        upstream = self.upstream if is_replay else [torch.empty_like(stack.weight) for stack in excited]
-        places = [place for (place,) in self._by_layer([[weight] for weight in upstream])]
+        """The gradients of all layers' tensors from those of the excited weights; a layer without one gets none.
+
+        The excited weights have served: their gradients are written over them.
+        """
+        places = [place for (place,) in self._by_layer([[stack.weight] for stack in excited])]
         given = [index for index, grad in enumerate(grads) if grad is not None]
         torch._foreach_copy_([places[index] for index in given], [grads[index] for index in given])
         if len(given) < len(grads):
             torch._foreach_zero_([place for place, grad in zip(places, grads, strict=True) if grad is None])
-        if is_replay:
+        if self.graphs is not None and excited is self.excited:
             self.graphs[1].replay()
             # The next replay writes over these: the parameters' gradients are copies.
             copies = iter(torch._foreach_mul(list(chain.from_iterable(self.grads)), 1))
             stacks = [[next(copies) for _ in stack] for stack in self.grads]
         else:
-            stacks = self._differentiate(excited, upstream, _in_turn)
+            stacks = self._differentiate(excited, _in_turn)
         rows = zip(self._by_layer(stacks), grads, strict=True)
         return list(chain.from_iterable(row if grad is not None else [None] * len(row) for row, grad in rows))
 
@@ -139,16 +139,14 @@ class _Plan:
 
         return run(partial(excite, stack[0].steps, *tensors) for stack, tensors in zip(layers, memory, strict=True))
 
-    def _differentiate(
-        self, excited: list[Excited], upstream: list[Tensor], run: Callable[[Iterable[Callable]], list]
-    ) -> list[list[Tensor]]:
-        """Of each stack, the gradients of its tensors; that of the weight lies where the upstream one was."""
+    def _differentiate(self, excited: list[Excited], run: Callable[[Iterable[Callable]], list]) -> list[list[Tensor]]:
+        """Of each stack, the gradients of its tensors, where those of the excited weights lie in their place."""
 
-        def differentiate(steps: Steps, stack: Excited, grad: Tensor) -> list[Tensor]:
-            return [grad, *fused.backward(steps, stack.saved, stack.gate, grad)]
+        def differentiate(steps: Steps, stack: Excited) -> list[Tensor]:
+            return [stack.weight, *fused.backward(steps, stack.saved, stack.gate, stack.weight)]
 
         steps = [self.layers[stack[0]].steps for stack in self.stacks]
-        return run(partial(differentiate, *arguments) for arguments in zip(steps, excited, upstream, strict=True))
+        return run(partial(differentiate, *arguments) for arguments in zip(steps, excited, strict=True))
 
     def _by_layer(self, stacks: list[list[Tensor]]) -> list[tuple[Tensor, ...]]:
         """Of each layer, its part of the tensors of its stack."""

@@ -1,5 +1,5 @@
 """What runs differently on GPUs, on a machine without one: torch's own DataParallel over pretended devices, stacks of
-layers and their graphs, late reads, a loader's workers; how a run meets its devices and other processes."""
+layers and their graphs, late reads, a loader's workers; how a run meets its devices and the other processes."""
 
 import contextlib
 import copy
@@ -25,29 +25,26 @@ import models
 from benchmarks.gpu import batches, run_of, train
 from models import fused, layers, stacked
 from models.layers import EXCITATIONS, FORMULATIONS, Conv2d, excited_once, group_norm
-from tests.helpers import EXCITED, SIZES, SMALL, assert_same_run, checkpoint
+from tests.helpers import EXCITED, SIZES, SMALL, assert_same_run, checkpoint, started
 from utils import command as commands
 from utils import data as loading
 from utils import distributed
 from utils.checkpoint import load
-from utils.data import Batch, Data, Sample, end_workers
-from utils.distributed import check_works, choose_devices, default_workers, smallest_part
+from utils.data import Batch, Data, Sample
 from utils.errors import BadInput, NotFinite
 from utils.meters import Scores
 from utils.signals import Stop
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
-LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-CPU = [torch.device("cpu", index) for index in range(4)]  # the pretended GPUs 0 to 3
+CPU = [torch.device("cpu", index) for index in range(4)]  # as GPUs 0 to 3
+NONE_DECODED = Batch(torch.empty(0, 3, 0, 0), torch.zeros(0, dtype=torch.long), 2, [])
 
 
 def network(formulation: str = "channel") -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        *(Conv2d(3, 32, 3, formulation=formulation), group_norm(32), nn.ReLU()),
-        *(Conv2d(32, 32, 1, formulation=formulation), group_norm(32), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)),
-    )
+    convs = Conv2d(3, 32, 3, formulation=formulation), Conv2d(32, 32, 1, formulation=formulation)
+    body = [layer for conv in convs for layer in (conv, group_norm(32), nn.ReLU())]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
 
 
 def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], options: str = "") -> Scores:
@@ -57,12 +54,13 @@ def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], o
 
 
 class _Broadcast(torch.autograd.Function):
-    """As torch's: the first device keeps the tensors, the others get contiguous copies; unused ones have zero gradients."""
+    """The first device keeps the tensors, the others get contiguous copies; gradients are contiguous."""
 
     @staticmethod
     def forward(ctx, devices, *tensors):
         ctx.count = len(tensors)
-        return tuple(itertools.chain.from_iterable(_copies(tensors, devices)))
+        copies = (tensor.contiguous().clone() for _ in devices[1:] for tensor in tensors)
+        return (*tensors, *copies)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -70,62 +68,44 @@ class _Broadcast(torch.autograd.Function):
         return None, *(sum(part[1:], part[0]).contiguous() for part in zip(*parts, strict=True))
 
 
-def _copies(tensors, devices):
-    return [list(tensors), *([tensor.detach().contiguous().clone() for tensor in tensors] for _ in devices[1:])]
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, device, dim, *tensors):
-        ctx.sizes = [len(tensor) for tensor in tensors]
-        return torch.cat(tensors, dim)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, None, *grad.split(ctx.sizes)
-
-
 @pytest.fixture
 def gpus(monkeypatch) -> SimpleNamespace:
-    """Makes CPU four GPUs; gives the counts of tensors that are sent to them, and the types that are scattered.
+    """nn.DataParallel's own code takes CPU for GPUs: only copies, streams and guards are replaced.
 
-    nn.DataParallel's own code runs; only copies, streams and guards are replaced.
+    Gives how many tensors each broadcast sends, and the types of what is scattered.
     """
     seen = SimpleNamespace(sent=[], scattered=[])
-    apply, replicate, scatter = (
-        importlib.import_module(f"torch.nn.parallel.{name}") for name in ("data_parallel", "replicate", "scatter_gather")
-    )
 
     def broadcast(tensors, devices, detach=False):
-        if not tensors:
-            return []
-        seen.sent.append(len(tensors))
-        if detach:
-            return _copies(tensors, devices)
-        copies = _Broadcast.apply(devices, *tensors)
-        return [list(copies[start : start + len(tensors)]) for start in range(0, len(copies), len(tensors))]
+        seen.sent += [len(tensors)] if tensors else []
+        copies = [tensor.detach() if detach else tensor for tensor in _Broadcast.apply(devices, *tensors)]
+        return [copies[start : start + len(tensors)] for start in range(0, len(copies), len(tensors) or 1)]
 
-    def scattered(devices, sizes, dim, tensor):
+    def scatter(devices, sizes, dim, tensor):
         seen.scattered.append(tensor.dtype)
         return tuple(part.clone() for part in tensor.chunk(len(devices), dim))
-
-    init, is_enabled = nn.DataParallel.__init__, torch.is_autocast_enabled
 
     def on_the_cpu(self, *arguments):
         init(self, *arguments)
         self.src_device_obj = torch.device("cpu")
 
-    monkeypatch.setattr(nn.DataParallel, "__init__", on_the_cpu)
-    monkeypatch.setattr(apply, "_get_available_device_type", lambda: "cuda")
-    monkeypatch.setattr(apply, "_check_balance", lambda ids: None)
-    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", broadcast)
-    monkeypatch.setattr(scatter, "Scatter", SimpleNamespace(apply=scattered))
-    monkeypatch.setattr(scatter, "Gather", _Gather)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
-    for name in ("current_stream", "device_index"):
-        monkeypatch.setattr(torch.accelerator, name, lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device))  # else CUDA's
+    init, is_enabled = nn.DataParallel.__init__, torch.is_autocast_enabled
+    names = ("data_parallel", "replicate", "scatter_gather")
+    parallel, replicate, scatter_gather = (importlib.import_module(f"torch.nn.parallel.{name}") for name in names)
+    for place, name, value in (
+        (nn.DataParallel, "__init__", on_the_cpu),
+        (parallel, "_get_available_device_type", lambda: "cuda"),
+        (parallel, "_check_balance", lambda ids: None),
+        (replicate, "_broadcast_coalesced_reshape", broadcast),
+        (scatter_gather, "Scatter", SimpleNamespace(apply=scatter)),
+        (scatter_gather, "Gather", SimpleNamespace(apply=lambda device, dim, *tensors: torch.cat(tensors, dim))),
+        (torch.accelerator, "is_available", lambda: True),
+        (torch.accelerator, "current_accelerator", lambda: torch.device("cpu")),
+        (torch.accelerator, "current_stream", lambda device: contextlib.nullcontext()),
+        (torch.accelerator, "device_index", lambda device: contextlib.nullcontext()),
+        (torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),  # without a device, CUDA's
+    ):
+        monkeypatch.setattr(place, name, value)
     return seen
 
 
@@ -158,20 +138,17 @@ def test_replicas_compute_in_the_type_of_amp(gpus, amp, dtype):
 
 
 def test_dataparallel_validates_every_image_and_sends_the_weights_once(gpus):
-    data = [*batches(1, 8), *batches(7, 8), *batches(4, 8)]
-    data.append(Batch(torch.empty(0, 3, 0, 0), torch.zeros(0, dtype=torch.long), 2, []))  # none could be decoded
-    one, *several = (validate(network("paper").double(), data, CPU[:count]).sums for count in (1, 2, 4))
+    model, data = network("paper").double(), [*batches(1, 8), *batches(7, 8), *batches(4, 8), NONE_DECODED]
+    one, two, four = (validate(model, data, CPU[:count]).sums for count in (1, 2, 4))
     assert one[3:5] == [12, 2]
-    for sums in several:
-        assert sums == pytest.approx(one, rel=1e-12)
-    assert gpus.sent == 2 * [len(list(models.layers.fold(network("paper")).parameters()))]
+    assert two == pytest.approx(one, rel=1e-12) and four == pytest.approx(one, rel=1e-12)
+    assert gpus.sent == 2 * [len(list(layers.fold(model).parameters()))]
     assert gpus.scattered == 6 * [torch.uint8]
 
 
 def test_a_part_of_one_image_is_refused_before_training(gpus, capsys):
-    assert [smallest_part(*case) for case in ((7, CPU), (6, CPU), (5, CPU[:2]), (1, CPU[:3]), (8, CPU))] == [1, 2, 2, 1, 2]
-    for images in range(1, 30):
-        assert smallest_part(images, CPU) == len(torch.zeros(images).chunk(4)[-1])
+    cases = {(7, 4): 1, (6, 4): 2, (8, 4): 2, (5, 2): 2, (1, 3): 1}
+    assert {case: distributed.smallest_part(case[0], CPU[: case[1]]) for case in cases} == cases
 
     def build(images: int) -> nn.Module:
         args = imagenet.build_parser().parse_args([*SMALL, "--train-batch", str(images)])
@@ -179,23 +156,22 @@ def test_a_part_of_one_image_is_refused_before_training(gpus, capsys):
 
     with pytest.raises(BadInput, match="--arch shufflenet_v2_x0_5 --image-size 32: Expected more than 1 value per"):
         build(7)
-    train(run_of(build(8), "--lr 0.01", CPU), batches(8, 32), 1)
+    train(run_of(build(8), "", CPU), batches(8, 32), 1)
 
 
 def test_the_first_gpu_of_the_run_becomes_the_current_one(monkeypatch):
     """Or the loader's thread would pin memory by the context of GPU 0, whatever GPU was asked for."""
-    calls = []
+    calls, devices = [], [torch.device("cuda", 2), torch.device("cuda", 3)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(distributed, "check_works", lambda device: calls.append(f"{device} works"))
-    devices = distributed.join(Namespace(gpu_id="2,3", sync_bn=False, compile=False))
-    assert devices == [torch.device("cuda", 2), torch.device("cuda", 3)]
-    assert calls == [devices[0], "cuda:2 works", "cuda:3 works"]
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("current", device)))
+    monkeypatch.setattr(distributed, "check_works", lambda device: calls.append(("works", device)))
+    assert distributed.join(Namespace(gpu_id="2,3", sync_bn=False, compile=False)) == devices
+    assert calls == [("current", devices[0]), ("works", devices[0]), ("works", devices[1])]
 
 
-@pytest.mark.parametrize("action", ["ignore", "error", "once"])
-def test_a_driver_that_does_not_work_is_refused(monkeypatch, capsys, action):
+@pytest.mark.parametrize("action", ["ignore", "error"])
+def test_a_driver_that_does_not_work_is_refused(monkeypatch, action):
     def is_available() -> bool:
         warnings.warn("CUDA initialization: the driver is too old\n(more)", UserWarning, stacklevel=2)
         return False
@@ -205,9 +181,9 @@ def test_a_driver_that_does_not_work_is_refused(monkeypatch, capsys, action):
     with warnings.catch_warnings():
         warnings.simplefilter(action)
         with pytest.raises(BadInput, match=r"\ACUDA doesn't work here: .*the driver is too old; mend it, [^\n]+\Z"):
-            choose_devices("0")
+            distributed.choose_devices("0")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert choose_devices("0") == [torch.device("cpu")]
+        assert distributed.choose_devices("0") == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
@@ -217,8 +193,10 @@ def test_a_gpu_that_can_not_be_used_is_one_line(monkeypatch, error):
 
     monkeypatch.setattr(torch, "ones", fail)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
-    with pytest.raises(BadInput, match=r"\A--gpu-id 2: card can't be used: CUDA error: no kernel image, or no memory\Z"):
-        check_works(torch.device("cuda", 2))
+    with pytest.raises(
+        BadInput, match=r"\A--gpu-id 2: card can't be used: CUDA error: no kernel image, or no memory\Z"
+    ):
+        distributed.check_works(torch.device("cuda", 2))
 
 
 def test_eight_workers_for_each_gpu_at_most_one_for_each_core(monkeypatch):
@@ -227,23 +205,23 @@ def test_eight_workers_for_each_gpu_at_most_one_for_each_core(monkeypatch):
         monkeypatch.setattr(distributed, "cores", lambda cores=cores: cores)
         monkeypatch.setattr(distributed, "PROCESSES", processes)
         monkeypatch.setattr(distributed, "LOCAL_PROCESSES", processes)
-        assert default_workers(gpu_id) == workers
+        assert distributed.default_workers(gpu_id) == workers
 
 
 def end_of(rank: int, device: str, fails: bool, port: int) -> None:
-    """One of two processes ends as a script does; its exit status is 100 higher where the end is a usual one."""
+    """A process of two ends as a script does; its exit status is higher by 100 where the end is a usual one."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.PROCESSES, init = 2, torch.distributed.init_process_group
 
     def main(argv: list[str]) -> int:
-        if device != "none":
+        if device:
             distributed.join_others(torch.device(device))
         if fails:
             raise BadInput("of this process")
         distributed.leave()
         return 0
 
-    # A machine without a GPU has no NCCL.
+    # Without a GPU there is no NCCL.
     torch.distributed.init_process_group = lambda backends, **more: init(backends.split(",")[0], **more)
     try:
         commands.script(main, "script.py")
@@ -252,9 +230,9 @@ def end_of(rank: int, device: str, fails: bool, port: int) -> None:
 
 
 @pytest.mark.parametrize("devices, fails, status", [(("cpu", "cuda"), False, 2), (("cuda", "cuda"), False, 100),
-    (("cpu", "cpu"), True, 2), (("none", "none"), True, 102)])  # fmt: skip
+    (("cpu", "cpu"), True, 2), (("", ""), True, 102)])  # fmt: skip
 def test_two_processes_and_their_ends(capfd, devices, fails, status):
-    """After a failure, one that has joined the other doesn't wait for it; only all or none may have a GPU."""
+    """All or none have a GPU; a process that fails doesn't wait for the other that it has joined."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -270,7 +248,7 @@ def test_two_processes_and_their_ends(capfd, devices, fails, status):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_workers_of_a_run_on_a_gpu(images):
+def test_workers_of_a_run_on_a_gpu_start_clean_and_load_the_same(images):
     args = imagenet.build_parser().parse_args(["-d", str(images), *SIZES, "--epochs", "1"])
     found = []
     for device, args.workers in (("cpu", 0), ("cuda", 1)):
@@ -282,9 +260,30 @@ def test_workers_of_a_run_on_a_gpu(images):
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
         assert one.images.stride() == other.images.stride()
-    end_workers()
+    loading.end_workers()
     worker.join()
-    assert loading._workers == [] and not loading.has_lost_worker()
+    assert not loading._workers
+
+
+# The start of a run on a GPU, of whose processes a signal comes to all; then the main process is killed.
+KILLED = """
+import os, signal, time, torch, imagenet
+from multiprocessing import forkserver
+from utils.data import Data, _workers
+steps = Data(imagenet.build_parser().parse_args(), torch.device("cuda")).training(0)
+next(next(steps))
+server = forkserver._forkserver._forkserver_pid
+os.kill(server, signal.SIGTERM)
+time.sleep(0.2)
+print("left:", os.waitpid(server, os.WNOHANG), _workers[0].exitcode, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_of_a_run_on_a_gpu_outlive_a_signal_and_end_with_the_main_process(images):
+    with started("-d", images, *SIZES, "-j", 1, "--epochs", 1, program=("-W", "ignore", "-c", KILLED)) as process:
+        assert "left: (0, 0) None\n" in process.stdout
+        process.communicate(timeout=30)  # returns once no process has the pipes
 
 
 def test_pinning_keeps_a_batch(monkeypatch):
@@ -308,14 +307,13 @@ def test_weights_that_were_saved_from_a_gpu(tmp_path, monkeypatch, is_zip):
 
 
 class _Graph(TorchDispatchMode):
-    """A pretended CUDA graph, and what captures it: notes each operation, and repeats it all in the same memory."""
+    """A pretended CUDA graph, and what captures it: notes each operation, and repeats all in the same memory."""
+
+    pool = object
 
     def __init__(self):
         super().__init__()
         self.calls = []
-
-    def pool(self) -> None:
-        """It is asked for, and not used."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
@@ -330,47 +328,203 @@ class _Graph(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.fixture(params=["in turn", "replayed"])
-def stacks(request, monkeypatch):
-    """Inside stacks(), layers are excited as on a GPU: the first time as they come, then perhaps by graphs."""
-    nothing = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {
-        "CUDAGraph": _Graph,
-        "graph": lambda graph, **_: graph,
-        "Stream": lambda: nothing,
-        "current_stream": lambda: nothing,
-        "is_current_stream_capturing": lambda: False,
-        "device": lambda device: contextlib.nullcontext(),
-        "stream": lambda stream: contextlib.nullcontext(),
-    }
-
-    @contextlib.contextmanager
-    def stacks() -> Iterator[None]:
-        with monkeypatch.context() as patch:
-            patch.setattr(layers, "are_stacked", bool)
-            patch.setattr(fused, "_scratch", lambda like: {})
-            if request.param == "replayed":
-                patch.setattr(stacked._Plan, "can_be_captured", lambda plan: plan.graphs is None)
-                for name, fake in fakes.items():
-                    patch.setattr(torch.cuda, name, fake)
-            yield
-
-    return stacks
+@pytest.fixture
+def graphs(monkeypatch) -> None:
+    """Inside excited_once(), layers are stacked, and from the second block on, graphs are replayed."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (("Stream", stream), ("current_stream", stream), ("is_current_stream_capturing", False)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda entered: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+    monkeypatch.setattr(stacked._Plan, "can_be_captured", lambda plan: plan.graphs is None)
+    monkeypatch.setattr(layers, "are_stacked", bool)
+    monkeypatch.setattr(fused, "_scratch", lambda like: {})
 
 
-@pytest.mark.parametrize("excitation", EXCITATIONS)
 @BOTH
-@LAYOUTS
-def test_stacks_are_excited_as_each_layer_is(stacks, excitation, formulation, layout):
-    """Twice for each step, whose gradients add up; a step whose weights lie elsewhere is another one's."""
+@pytest.mark.parametrize("excitation", EXCITATIONS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_stacks_are_excited_as_each_layer_is(graphs, excitation, formulation, layout):
+    """In steps of two blocks whose gradients add up; after the second step, the weights move in memory."""
     torch.manual_seed(0)
     settings = {"excitation": excitation, "formulation": formulation}
-    shapes = [(8, 16, 3, 1), (8, 16, 3, 1), (8, 16, 3, 1), (8, 16, 1, 1), (8, 16, 3, 2), (8, 16, 3, 1), (8, 16, 3, 1)]
-    model = nn.ModuleList([Conv2d(*shape[:3], groups=shape[3], **settings) for shape in shapes])
-    model.append(Conv2d(8, 16, 3, standardize=False, **settings))
+    kinds = [{}, {}, {}, {"kernel_size": 1}, {"groups": 2}, {}, {"standardize": False}, {}]
+    model = nn.ModuleList(Conv2d(8, 16, **{"kernel_size": 3, **kind, **settings}) for kind in kinds)
     model.double().to(memory_format=layout)
     model[1].weight = model[0].weight
     model[2].weight.requires_grad_(False)
     model[5].requires_grad_(False)
-    *used, unused = model
-    used, other = [*model[:6], model[7]], copy.deepcopy(model)
+    images, same = torch.randn(2, 8, 5, 5, dtype=torch.float64), copy.deepcopy(model)
+    for step in range(3):
+        for each, around in ((same, contextlib.nullcontext), (model, excited_once)):
+            each.zero_grad()
+            for factor in (1, 2):
+                with around(each):
+                    weights = [layer.excited_weight().detach().clone() for layer in each]
+                    sum(
+                        factor * layer(images).square().mean() for layer in each[:-1]
+                    ).backward()  # the last is not used
+        assert stacked._plans[model].graphs is not None
+        for layer, weight in zip(same, weights, strict=True):
+            torch.testing.assert_close(weight, layer.excited_weight(), rtol=1e-12, atol=1e-14)
+        for one, other in zip(same.parameters(), model.parameters(), strict=True):
+            assert (one.grad is None) is (other.grad is None)
+            assert one.grad is None or (one.grad - other.grad).norm() <= 1e-12 * one.grad.norm()
+            one.data.mul_(1.1)
+            other.data = other.data * 1.1 if step == 1 else other.data.mul_(1.1)
+        assert not any(parameter.grad is not None for parameter in (*model[5].parameters(), *model[-1].parameters()))
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations, but for views and empty memory; lists copies between devices, which alone may see two."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.copies = 0, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name, keywords = function.name(), keywords or {}
+        self.count += not (function.is_view or "empty" in name or "detach" in name)
+        result = function(*arguments, **keywords)
+        tensors = [leaf for leaf in tree_leaves((arguments, keywords, result)) if isinstance(leaf, torch.Tensor)]
+        if len({tensor.device for tensor in tensors if tensor.dim() > 0}) > 1:
+            self.copies.append((name, keywords.get("non_blocking", False)))
+        return result
+
+
+@pytest.fixture
+def meta(monkeypatch) -> torch.device:
+    """The meta device stands for a GPU: layers are stacked on it, and no number can be read from it."""
+    autocast = torch.autocast
+
+    def off_meta(device, *arguments, **keywords):
+        return contextlib.nullcontext() if device == "meta" else autocast(device, *arguments, **keywords)
+
+    monkeypatch.setattr(torch, "autocast", off_meta)
+    monkeypatch.setattr(layers, "are_stacked", bool)
+    return torch.device("meta")
+
+
+@BOTH
+def test_excitation_takes_few_operations(meta, formulation):
+    with meta:
+        model = models.create("l_resnet50", formulation=formulation)
+    convs = [module for module in model.modules() if isinstance(module, Conv2d)]
+    with _Operations() as operations, excited_once(model):
+        for conv in convs:
+            conv.weight.grad = torch.empty_like(conv.weight)
+    assert all(parameter.grad is not None for conv in convs for parameter in conv.parameters())
+    assert operations.count <= 1400 and not operations.copies
+
+
+@BOTH
+@pytest.mark.parametrize("options, size", [("", 1), ("--amp bf16 --iter-size 3", 3), ("--amp fp16 --iter-size 3", 3)])
+def test_a_step_on_another_device(meta, monkeypatch, formulation, options, size):
+    """Only images and classes go there, without a wait, and only what a step measured comes back."""
+    read = []
+
+    def reading(values):
+        read.append(values.device)
+        return SimpleNamespace(read=lambda: [1.0] * 7 + [0.0])
+
+    def step(optimizer):  # the fused one knows no meta device
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        assert {tensor.device for tensor in (*gradients, optimizer.found_inf)} == {meta}
+
+    monkeypatch.setattr(imagenet, "Reading", reading)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    run = run_of(network(formulation), options, [meta])
+    train(run, batches(2, 8, size), 1)  # keeps the mean and the deviation of pixels
+    with _Operations() as operations:
+        train(run, batches(2, 8, size), 1)
+    assert operations.copies == 2 * size * [("aten::_to_copy", True)]
+    assert read == [meta, meta]
+    monkeypatch.setattr(distributed, "total", lambda values: torch.tensor([1.0] * 5 + [0.0]))
+    with _Operations() as operations:
+        validate(run.model, [*batches(4, 8), *batches(3, 8)], [meta])
+    assert operations.copies == 4 * [("aten::_to_copy", True)]
+
+
+@contextlib.contextmanager
+def late() -> Iterator[list[list[str]]]:
+    """Tensors say that they are on a GPU: what a step measured is read one step later. Gives the calls of its event."""
+    events = []
+
+    def event() -> SimpleNamespace:
+        events.append(calls := [])
+        return SimpleNamespace(record=lambda: calls.append("record"), synchronize=lambda: calls.append("wait"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        patch.setattr(torch.cuda, "Event", event)
+        patch.setattr(layers, "are_stacked", lambda convs: False)  # to compare bit for bit
+        yield events
+
+
+def state(run: imagenet.Run) -> list[torch.Tensor]:
+    """Copies of the weights and of the momentum."""
+    parameters = run.optimizer.param_groups[0]["params"]
+    momenta = [run.optimizer.state[parameter]["momentum_buffer"] for parameter in parameters]
+    return [tensor.detach().clone() for tensor in (*parameters, *momenta)]
+
+
+def test_late_reads_skip_the_same_steps():
+    """In fp16, at a scale that overflows at first and grows until it does again; a skipped step changes nothing."""
+    ended = []
+    for around in (contextlib.nullcontext, late):
+        run, skipped = run_of(network(), "--amp fp16", CPU[:1]), []
+        run.data = SimpleNamespace(classes=[], digests={"train": ""})
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
+        with around() as events:
+            for step, batch in enumerate(batches(4, 8, 12)):
+                before, scale = state(run), run.scaler.get_scale()
+                imagenet.train_step(run, iter([batch]), Stop())
+                skipped.append(run.scaler.get_scale() < scale)
+                assert all(map(torch.equal, before, state(run))) is skipped[-1]
+                if around is late:
+                    assert events == [*step * [["record", "wait"]], ["record"]]
+                    assert run.scores.images == 4 * step
+                if step == 6:
+                    sums = run.checkpoint()["sums"]
+                    assert (sums[3], sums[5]) == (4 * 7, sum(skipped))
+        assert skipped[0] and True in skipped[skipped.index(False) :]
+        run.read()
+        assert run.scores.skipped_steps == sum(skipped)
+        ended.append((state(run), sums, run.scores.sums))
+    assert all(map(torch.equal, ended[0][0], ended[1][0]))
+    assert ended[0][1:] == ended[1][1:]
+
+
+@pytest.mark.parametrize("around, steps", [(contextlib.nullcontext, 3), (late, 4)])
+@pytest.mark.parametrize(
+    "amp, factors", [("off", (float("nan"), 1)), ("off", (1, float("inf"))), ("fp16", (1, float("nan")))]
+)
+def test_a_step_that_is_not_finite_names_itself(monkeypatch, around, steps, amp, factors):
+    """Whether its gradients are not or its loss; neither it nor the step after it touches weights and momentum."""
+    classify, states = imagenet.classify, []
+
+    def damaged(*inputs):
+        states.append(state(run))
+        loss, sums = classify(*inputs)
+        return (loss * factors[0], sums * factors[1]) if len(states) == 3 else (loss, sums)
+
+    monkeypatch.setattr(imagenet, "classify", damaged)
+    run = run_of(network(), f"--amp {amp}", CPU[:1])
+    with around(), pytest.raises(NotFinite, match="Epoch 1/90, step 3, learning rate"):
+        train(run, batches(4, 8), 6)
+    assert len(states) == steps
+    assert all(map(torch.equal, states[2], state(run)))
+    assert not any(map(torch.equal, states[1], states[2]))
+
+
+def test_a_whole_run_with_late_reads(command, finished, images, tmp_path, stop_after):
+    """A signal is answered a step later, and the run that goes on is that of reads at once."""
+    with late():
+        stop_after(1)
+        assert command(*EXCITED, "-d", images, "--epochs", 2, "-c", tmp_path / "run").status == 143
+        saved = checkpoint(tmp_path / "run")
+        assert (saved["epoch"], saved["step"], saved["sums"][3]) == (0, 2, 8)
+        assert command("--resume", tmp_path / "run").status == 0
+    assert_same_run(finished, tmp_path / "run")
