@@ -1,7 +1,7 @@
 """What only a GPU can tell: whether it computes as a CPU does, and how fast it trains with and without excitation.
 
 python -m benchmarks.gpu check                           against float64 on the CPU, in all ways to use a GPU
-python -m benchmarks.gpu speed [--mode NAME ...] [--micro-batch N ...] [--seconds X]
+python -m benchmarks.gpu speed [--mode NAME ...] [--micro-batch N ...] [--steps N] [--seconds X]
 
 Without a GPU, the same small and on the CPU. A step is the trainer's own, of images in memory.
 """
@@ -35,7 +35,6 @@ DEVICE = torch.device("cuda", 0) if IS_GPU else torch.device("cpu")
 ARCH, SIZE, STEP, MICRO_BATCHES = (
     ("l_resnet50", 224, 256, [32, 64, 128, 256]) if IS_GPU else ("l_resnet18", 32, 4, [2, 4])
 )
-STEPS = 16 if IS_GPU else 2  # timed at once: the CPU is a step ahead of the GPU
 MIB = 2**20
 # Options of imagenet.py.
 MODES = {
@@ -232,23 +231,27 @@ def excite_alone(model: nn.Module, convs: list[Conv2d], grads: list[torch.Tensor
             conv.weight.grad = grad
 
 
-def speed_row(mode: str, images: int, size: int, seconds: float) -> list[str]:
-    """Each network's images/s and peak memory, and both over the plain one's."""
+def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str]:
+    """Each network's images/s and peak memory, and both over the plain one's.
+
+    Args:
+        together: steps that are timed at once; in a row of them, the CPU is a step ahead of the GPU.
+    """
     torch.compiler.reset()
     count = max(STEP // images, 1)
-    data, steps, peaks = batches(images, size, count), {}, {}
+    data, steps, peaks = batches(images, SIZE, count), {}, {}
     for name, settings in VARIANTS.items():
         gc.collect()
         before = memory()  # of the networks before it
         model = models.create(ARCH.removeprefix("l_") if name == BATCH_NORM else ARCH, **settings)
         run = run_of(model, f"{MODES[mode]} --iter-size {count}")
-        steps[name] = functools.partial(train, run, data, STEPS)
+        steps[name] = functools.partial(train, run, data, together)
         steps[name]()
         peaks[name] = peak_memory() - before
     times = rounds(steps, seconds)
     cells = [mode, f"{images} x {count}"]
     for name in VARIANTS:
-        speed, over = STEPS * count * images / median(times, name), ratio(times, PLAIN, name)
+        speed, over = together * count * images / median(times, name), ratio(times, PLAIN, name)
         cells.append(f"{speed:.0f} ({over:.3f})")
     for name in VARIANTS if IS_GPU else ():
         cells.append(f"{peaks[name] / MIB:.0f} ({peaks[name] / peaks[PLAIN]:.3f})")
@@ -274,6 +277,7 @@ def main(argv: list[str]) -> int:
     count = {"type": number(int, 1), "metavar": "N"}
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="[all]")
     parser.add_argument("--micro-batch", **count, nargs="+", default=MICRO_BATCHES, help="images [32 64 128 256]")
+    parser.add_argument("--steps", **count, default=4, help="timed at once [4]")
     parser.add_argument("--seconds", type=number(float, 0), default=20, metavar="X", help="for each row [20]")
     args = parser.parse_args(argv)
     torch.backends.cudnn.benchmark = True
@@ -287,7 +291,7 @@ def main(argv: list[str]) -> int:
     rows = [["mode", "micro-batch", *names]]
     print(markdown(rows), flush=True)
     for mode, images in product(args.mode, args.micro_batch):
-        print(markdown([speed_row(mode, images, SIZE, args.seconds)]).splitlines()[0], flush=True)
+        print(markdown([speed_row(mode, images, args.steps, args.seconds)]).splitlines()[0], flush=True)
     return 0
 
 

@@ -115,8 +115,6 @@ class _Plan:
         places = [place for (place,) in self._by_layer([[stack.weight] for stack in excited])]
         given = [index for index, grad in enumerate(grads) if grad is not None]
         torch._foreach_copy_([places[index] for index in given], [grads[index] for index in given])
-        if len(given) < len(grads):
-            torch._foreach_zero_([place for place, grad in zip(places, grads, strict=True) if grad is None])
         if self.graphs is not None and excited is self.excited:
             self.graphs[1].replay()
             # The next replay writes over these: the parameters' gradients are copies.

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
 import warnings
 from argparse import Namespace
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import imagenet
@@ -25,7 +26,7 @@ import models
 from benchmarks.gpu import batches, run_of, train
 from models import fused, layers, stacked
 from models.layers import EXCITATIONS, FORMULATIONS, Conv2d, excited_once, group_norm
-from tests.helpers import EXCITED, SIZES, SMALL, assert_same_run, checkpoint, started
+from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, started
 from utils import command as commands
 from utils import data as loading
 from utils import distributed
@@ -126,15 +127,22 @@ def test_dataparallel_trains_as_one_device(gpus, monkeypatch, formulation, optio
 
 
 @pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_replicas_compute_in_the_type_of_amp(gpus, amp, dtype):
-    """Autocast is a thread's own: without care, replicas would have the device's default type."""
-    model, seen = network(), []
+def test_replicas_compute_in_the_type_of_amp(gpus, monkeypatch, amp, dtype):
+    """Autocast is a thread's own, and replicas would have the device's default; CUDA's would have norms in float32."""
+    model, seen, norms, group_norm = network(), [], set(), nn.functional.group_norm
+
+    def noted(images, groups, weight, *rest):
+        norms.add((images.dtype, weight.dtype, torch.is_autocast_enabled("cpu")))
+        return group_norm(images, groups, weight, *rest)
+
+    monkeypatch.setattr(nn.functional, "group_norm", noted)
     for index in (1, 4, -1):
         model[index].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     train(run_of(model, f"--amp {amp}", CPU[:2]), batches(4, 8), 1)
     assert seen == 2 * 3 * [dtype]
     validate(model, batches(4, 8), CPU[:2], f"--amp {amp}")
     assert seen == 4 * 3 * [dtype]
+    assert norms == {(dtype, dtype, False)}
 
 
 def test_dataparallel_validates_every_image_and_sends_the_weights_once(gpus):
@@ -189,13 +197,11 @@ def test_a_driver_that_does_not_work_is_refused(monkeypatch, action):
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
 def test_a_gpu_that_can_not_be_used_is_one_line(monkeypatch, error):
     def fail(*_, device):
-        raise error("CUDA error: no kernel image, or no memory\nmore lines")
+        raise error("CUDA error: no kernel image\nmore lines")
 
     monkeypatch.setattr(torch, "ones", fail)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
-    with pytest.raises(
-        BadInput, match=r"\A--gpu-id 2: card can't be used: CUDA error: no kernel image, or no memory\Z"
-    ):
+    with pytest.raises(BadInput, match=r"\A--gpu-id 2: card can't be used: CUDA error: no kernel image\Z"):
         distributed.check_works(torch.device("cuda", 2))
 
 
@@ -261,8 +267,8 @@ def test_workers_of_a_run_on_a_gpu_start_clean_and_load_the_same(images):
         assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
         assert one.images.stride() == other.images.stride()
     loading.end_workers()
-    worker.join()
-    assert not loading._workers
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGKILL and not loading._workers
 
 
 # The start of a run on a GPU, of whose processes a signal comes to all; then the main process is killed.
@@ -283,7 +289,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_workers_of_a_run_on_a_gpu_outlive_a_signal_and_end_with_the_main_process(images):
     with started("-d", images, *SIZES, "-j", 1, "--epochs", 1, program=("-W", "ignore", "-c", KILLED)) as process:
         assert "left: (0, 0) None\n" in process.stdout
-        process.communicate(timeout=30)  # returns once no process has the pipes
+        process.communicate(timeout=PATIENCE)  # returns once no process has the pipes
 
 
 def test_pinning_keeps_a_batch(monkeypatch):
@@ -317,7 +323,9 @@ class _Graph(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
-        self.calls.append((function, arguments, keywords or {}, result))
+        # Not the parameters themselves, whose memory may be another one by the time of a replay.
+        aliases = tree_map_only(torch.Tensor, torch.Tensor.detach, (arguments, keywords or {}, result))
+        self.calls.append((function, *aliases))
         return result
 
     def replay(self) -> None:
@@ -437,11 +445,13 @@ def test_a_step_on_another_device(meta, monkeypatch, formulation, options, size)
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     run = run_of(network(formulation), options, [meta])
     train(run, batches(2, 8, size), 1)  # keeps the mean and the deviation of pixels
+    sums = torch.tensor([1.0] * 5 + [0.0])
+    monkeypatch.setattr(torch, "tensor", None)  # whose numbers would be sent from the CPU
     with _Operations() as operations:
         train(run, batches(2, 8, size), 1)
     assert operations.copies == 2 * size * [("aten::_to_copy", True)]
     assert read == [meta, meta]
-    monkeypatch.setattr(distributed, "total", lambda values: torch.tensor([1.0] * 5 + [0.0]))
+    monkeypatch.setattr(distributed, "total", lambda values: sums)
     with _Operations() as operations:
         validate(run.model, [*batches(4, 8), *batches(3, 8)], [meta])
     assert operations.copies == 4 * [("aten::_to_copy", True)]
@@ -477,6 +487,7 @@ def test_late_reads_skip_the_same_steps():
         run, skipped = run_of(network(), "--amp fp16", CPU[:1]), []
         run.data = SimpleNamespace(classes=[], digests={"train": ""})
         run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
+        assert not any(momentum.any() for momentum in state(run)[-len(list(run.model.parameters())) :])
         with around() as events:
             for step, batch in enumerate(batches(4, 8, 12)):
                 before, scale = state(run), run.scaler.get_scale()
@@ -519,6 +530,7 @@ def test_a_step_that_is_not_finite_names_itself(monkeypatch, around, steps, amp,
     assert not any(map(torch.equal, states[1], states[2]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads late by itself")
 def test_a_whole_run_with_late_reads(command, finished, images, tmp_path, stop_after):
     """A signal is answered a step later, and the run that goes on is that of reads at once."""
     with late():

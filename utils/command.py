@@ -1,6 +1,7 @@
 """How a command ends: its exit status, and one line for what went wrong."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ def script(main: Callable[[list[str]], int], name: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = run(main, sys.argv[1:], name)
     if status and distributed.is_joined():  # at a usual exit, NCCL waits for the others, which wait for this process
+        gc.collect()  # of the loader's queues, which multiprocessing would report as lost
         os._exit(status)
     sys.exit(status)
 

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -351,6 +352,13 @@ def _start_worker(worker: int) -> None:
     """Workers end with the main process, without a word."""
     sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
     ignore_in_worker()
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    """PyTorch watches only who started the worker, which may be the fork server."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def has_lost_worker() -> bool:

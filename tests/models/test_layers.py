@@ -114,17 +114,6 @@ def test_dataparallel_replicas_apply_both_halves(formulation, monkeypatch):
     assert all(parameter.grad is not None for parameter in conv.parameters())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@BOTH
-def test_dataparallel_on_gpus(formulation):
-    torch.manual_seed(0)
-    conv = Conv2d(4, 8, 3, formulation=formulation).cuda()
-    x = torch.randn(4, 4, 5, 5, device="cuda")
-    devices = list(range(torch.cuda.device_count()))
-    torch.testing.assert_close(nn.DataParallel(conv, devices)(x), conv(x))
-
-
 def test_the_map_is_one_function_for_both():
     assert FORMULATIONS["channel"]["lwe"] is FORMULATIONS["paper"]["mwe"] is activation_map
 
