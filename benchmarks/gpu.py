@@ -16,6 +16,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
+from unittest import mock
 
 import torch
 from torch import nn
@@ -136,13 +137,14 @@ def replica_types(model: nn.Module, amp: str) -> list[torch.dtype]:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """In a process group of this process alone."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512", "RANK": "0", "WORLD_SIZE": "1"}
-    distributed.join_others(DEVICE)
-    try:
-        yield
-    finally:
-        distributed.leave()
+    """In a process group of this process alone, at any port."""
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    with mock.patch.dict(os.environ, environment):
+        distributed.join_others(DEVICE)
+        try:
+            yield
+        finally:
+            distributed.leave()
 
 
 def accumulated(model: nn.Module) -> float:

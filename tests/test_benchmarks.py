@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 import models
-from benchmarks import excitation, measure, memory, pipeline, saving
+from benchmarks import excitation, gpu, measure, memory, pipeline, saving
 
 
 @pytest.fixture
@@ -49,6 +49,28 @@ def test_peak_memory(three):
     _, *table = excitation.memory_table(argparse.Namespace(arch="l_resnet18", micro_batch=[2], image_size=32))
     assert [row[0] for row in table] == three
     assert all(int(row[1]) > 2 * 45 for row in table)  # weights of 45 MiB, and their gradients
+
+
+def test_gpu(rows, monkeypatch):
+    """What it measures, small and on the CPU."""
+    for name in (gpu.PLAIN, gpu.BATCH_NORM):
+        monkeypatch.delitem(gpu.VARIANTS, name)
+    monkeypatch.setattr(gpu, "VARIANTS", {gpu.PLAIN: {"excitation": "none"}, **gpu.VARIANTS})
+    monkeypatch.setattr(gpu, "ARCH", "l_tiny")
+    words = ["--micro-batch", 2, 4, "--steps", 1, "--seconds", 0]
+    *alone, header, two, four = rows(gpu.main, "speed", "--mode", "bf16, channels last", *words)
+    assert [row[0] for row in alone[1:]] == ["`channel`", "`paper`"]
+    assert len(header) == len(two) == len(four) == 5
+    assert (two[1], four[1]) == ("2 x 2", "4 x 1")
+    assert two[2].endswith("(1.000)")
+
+
+@pytest.mark.slow
+def test_checks_of_a_gpu(capsys):
+    assert gpu.main(["check"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 16
+    assert all(line.startswith("ok ") for line in lines)
 
 
 def test_pipeline(rows, monkeypatch):
