@@ -8,7 +8,7 @@ python -m benchmarks.excitation [-a ARCH] [--micro-batch N ...] [--iter-size N .
 import argparse
 import functools
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import models
 from benchmarks.measure import markdown, median, ratio, rounds
 from models import excitation, fused
+from models.excitation import Steps
 from models.layers import Conv2d, excited_once, fold
 from utils import command
 from utils.arguments import Parser, number
@@ -72,7 +73,11 @@ def noise(batch: int, image_size: int) -> tuple[Tensor, Tensor]:
 
 def plain_form() -> AbstractContextManager:
     """Excite by the plain form of the equations, differentiated by autograd, as public code does."""
-    return mock.patch.object(fused, "excite_weight", lambda *arguments: excitation.excite_weight(*arguments[:4]))
+
+    def excite(raw: Tensor, steps: Steps, layers: Sequence[Tensor]) -> Tensor:
+        return excitation.excite_weight(raw, steps, functools.partial(fused.gates, steps, layers))
+
+    return mock.patch.object(fused, "excite_weight", excite)
 
 
 @torch.no_grad()

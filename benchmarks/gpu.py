@@ -230,7 +230,7 @@ def excite_alone(model: nn.Module, convs: list[Conv2d], grads: list[torch.Tensor
             parameter.grad = None
     with excited_once(model):
         for conv, grad in zip(convs, grads, strict=True):
-            conv.weight.grad = grad
+            conv.excited.grad = grad
 
 
 def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str]:

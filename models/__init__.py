@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.excitation import ChannelGate, LocationGate, activation_map
 from models.imagenet import resnet, resnext
-from models.layers import FORMULATIONS, Conv2d, excite, fold
+from models.layers import FORMULATIONS, Conv2d, excite, fold, is_depthwise
 
 EXCITED = {
     name: constructor
@@ -18,7 +18,6 @@ EXCITED = {
 }
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
 ARCHITECTURES = (*EXCITED, *TORCHVISION)
-NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def create(
@@ -63,18 +62,18 @@ def create(
         raise ValueError(f"there is no architecture {arch!r}")
     model = _torchvision(arch, num_classes, pretrained, drop, image_size)
     if excitation is not None:
-        if not any(isinstance(module, NORMS) for module in model.modules()):
-            raise ValueError(f"{arch} has no normalization layers: with excited weights its activations would explode")
-        excite(model, **excited)
-        if not any(isinstance(module, Conv2d) for module in model.modules()):
-            raise ValueError(f"{arch} has no convolution that can be excited")
+        try:
+            excite(model, **excited)
+        except ValueError as error:
+            raise ValueError(f"{arch}: {error}") from error
     return model
 
 
 def describe(model: nn.Module) -> str:
     """A model's parameters and what excites its weights, in words."""
     total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excites]
+    every = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    convs = [conv for conv in every if isinstance(conv, Conv2d) and conv.excites]
     if not convs:
         return f"{total}; plain weights"
     gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
@@ -84,7 +83,11 @@ def describe(model: nn.Module) -> str:
     for letters, half in FORMULATIONS[first.formulation].items():
         if first.excitation in ("we", letters):
             parts.append(f"{letters.upper()} ({names[half]})")
-    text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}"
+    text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
+    depthwise = sum(is_depthwise(conv) for conv in every)
+    others = len(every) - len(convs) - depthwise
+    left = [f"{depthwise} are depthwise"] * (depthwise > 0) + [f"no normalization follows {others}"] * (others > 0)
+    text += f" ({', '.join(left)})" * bool(left)
     if isinstance(first.gate, ChannelGate) and any(isinstance(module, _BatchNorm) for module in model.modules()):
         text += "\nBatchNorm cancels the scaling of the channel gate: use --formulation paper with it"
     return text

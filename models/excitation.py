@@ -7,6 +7,9 @@ Bhuiyan, Lu, Dai and Li, "Weight Excitation", ECCV 2020, doi 10.1007/978-3-030-5
 squeeze-and-excitation networks (Hu et al., arXiv 1709.01507) whose input is a weight in place of an activation.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,11 +77,31 @@ class Gate(nn.Module):
         self.fc1 = nn.Linear(features, hidden, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden, features, device=device, dtype=dtype)
 
-    def squeeze_excite(self, statistic: Tensor) -> Tensor:
-        """(..., features) to gates of the same shape, computed in the statistic's type."""
-        for layer, activation in ((self.fc1, F.relu), (self.fc2, torch.sigmoid)):
-            statistic = activation(F.linear(statistic, layer.weight.type_as(statistic), layer.bias.type_as(statistic)))
-        return statistic
+    def tensors(self) -> list[Tensor]:
+        """Both layers' weights and biases."""
+        return [tensor for layer in (self.fc1, self.fc2) for tensor in (layer.weight, layer.bias)]
+
+    def is_plain(self) -> bool:
+        """Whether its tensors say all: the layers are those that it was made with, without hooks."""
+        hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        layers = self.fc1, self.fc2
+        return all(type(layer) is nn.Linear for layer in layers) and not any(
+            getattr(module, name) for module in (self, *layers) for name in hooks
+        )
+
+    def forward(self, statistic: Tensor) -> Tensor:
+        """Gates that scale a weight, from the statistic."""
+        if self.is_plain():
+            return self.gates(statistic, *self.tensors())
+        return self.broadcast(self.fc2(self.fc1(self.scaled(statistic)).relu()).sigmoid())
+
+    @classmethod
+    def gates(cls, statistic: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        """The same by the layers' tensors, computed in the statistic's type."""
+        features = cls.scaled(statistic)
+        for weight, bias, activation in ((weight1, bias1, F.relu), (weight2, bias2, torch.sigmoid)):
+            features = activation(F.linear(features, weight.type_as(features), bias.type_as(features)))
+        return cls.broadcast(features)
 
 
 class ChannelGate(Gate):
@@ -99,9 +122,15 @@ class ChannelGate(Gate):
         """mean |W_o|, (O,), of the raw weight (O, I, kh, kw)."""
         return raw.abs().mean(dim=(1, 2, 3))
 
-    def forward(self, statistic: Tensor) -> Tensor:
-        """Gates (O, 1, 1, 1) from the statistic (O,)."""
-        return self.squeeze_excite(statistic / (statistic.mean() + MAGNITUDE_EPSILON))[:, None, None, None]
+    @staticmethod
+    def scaled(statistic: Tensor) -> Tensor:
+        """m from mean |W_o|."""
+        return statistic / (statistic.mean() + MAGNITUDE_EPSILON)
+
+    @staticmethod
+    def broadcast(gates: Tensor) -> Tensor:
+        """(O,) to (O, 1, 1, 1)."""
+        return gates[:, None, None, None]
 
 
 class LocationGate(Gate):
@@ -121,21 +150,39 @@ class LocationGate(Gate):
         """The mean over kh and kw, (O, I), of the standardized weight (O, I, kh, kw)."""
         return weight.mean(dim=(2, 3))
 
-    def forward(self, statistic: Tensor) -> Tensor:
-        """Gates (O, I, 1, 1) from the statistic (O, I)."""
-        return self.squeeze_excite(statistic)[:, :, None, None]
+    @staticmethod
+    def scaled(statistic: Tensor) -> Tensor:
+        """The statistic, as it is."""
+        return statistic
+
+    @staticmethod
+    def broadcast(gates: Tensor) -> Tensor:
+        """(O, I) to (O, I, 1, 1)."""
+        return gates[:, :, None, None]
 
 
-def excite_weight(raw: Tensor, gate: ChannelGate | LocationGate | None, standardized: bool, mapped: bool) -> Tensor:
+GATES = {"channel": ChannelGate, "location": LocationGate}
+
+
+class Steps(NamedTuple):
+    """What is done to a weight, in this order."""
+
+    standardized: bool
+    gate: str | None  # a key of GATES
+    mapped: bool
+
+
+def excite_weight(raw: Tensor, steps: Steps, gate: Callable[[Tensor], Tensor] | None) -> Tensor:
     """The excited weight: map(gate(standardize(W))), with those of the three that the layer has.
 
     Args:
         raw: W, (O, I, kh, kw).
+        gate: makes the gates from the statistic.
 
     Returns:
         A tensor of the same shape.
     """
-    weight = standardize(raw) if standardized else raw
-    if gate is not None:
-        weight = weight * gate(gate.statistic(raw, weight))
-    return activation_map(weight) if mapped else weight
+    weight = standardize(raw) if steps.standardized else raw
+    if steps.gate is not None:
+        weight = weight * gate(GATES[steps.gate].statistic(raw, weight))
+    return activation_map(weight) if steps.mapped else weight

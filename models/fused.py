@@ -8,26 +8,20 @@ plain form.
 operation costs more to launch than to do, all layers of that shape; on a CPU, one.
 """
 
+import functools
 import math
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from models.excitation import MAGNITUDE_EPSILON, STD_EPSILON, ChannelGate, LocationGate, check_filters, map_limit
+from models import excitation
+from models.excitation import GATES, MAGNITUDE_EPSILON, STD_EPSILON, Steps, check_filters, map_limit
 
 FILTER = (2, 3, 4)  # the dimensions of a filter in a stack
 LAYER = (1, 2, 3, 4)
-
-
-class Steps(NamedTuple):
-    """What is done to a weight, in this order."""
-
-    standardized: bool
-    gate: type[ChannelGate] | type[LocationGate] | type[None]
-    mapped: bool
 
 
 class Saved(NamedTuple):
@@ -43,29 +37,22 @@ class Saved(NamedTuple):
     limit: Tensor | None
 
 
-def excite_weight(
-    raw: Tensor,
-    gate: ChannelGate | LocationGate | None,
-    standardized: bool,
-    mapped: bool,
-    kept: dict[str, Tensor] | None = None,
-) -> Tensor:
-    """The same as :func:`models.excitation.excite_weight`, and differentiable once.
+def excite_weight(raw: Tensor, steps: Steps, layers: Sequence[Tensor], kept: dict[str, Tensor] | None = None) -> Tensor:
+    """The same as :func:`models.excitation.excite_weight`, by the tensors of the gate's two layers.
 
     Args:
         kept: the memory of the layer's last call, which must be done with: the result is written over that one's, and
             the backward pass overwrites the gradient that it is given. On a CPU the page faults of fresh memory take as
             long as the arithmetic.
     """
-    steps = Steps(standardized, type(gate), mapped)
-    return _Excitation.apply(raw, steps, kept, *gate_parameters(gate, raw))
+    if raw.stride() != dense_strides(raw):
+        raw = raw.clone()
+    return _Excitation.apply(raw, steps, kept, *(layer.type_as(raw) for layer in layers))
 
 
-def gate_parameters(gate: ChannelGate | LocationGate | None, like: Tensor) -> list[Tensor]:
-    """Both layers' weights and biases, in the type of ``like``."""
-    # By name: a gate on one of DataParallel's replicas has tensors, and no parameters to list.
-    layers = () if gate is None else (gate.fc1, gate.fc2)
-    return [tensor.type_as(like) for layer in layers for tensor in (layer.weight, layer.bias)]
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Those of a copy without gaps, in the order of the tensor's memory."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 class _Excitation(torch.autograd.Function):
@@ -73,18 +60,36 @@ class _Excitation(torch.autograd.Function):
     def forward(ctx, raw, steps, kept, *layers):
         ctx.steps, ctx.overwrite = steps, kept is not None
         weight, saved = forward(steps, raw[None], [layer[None] for layer in layers], {} if kept is None else kept)
-        ctx.save_for_backward(*saved, *layers)
+        ctx.save_for_backward(raw, *layers, *saved[1:])
         return weight[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream):
-        saved, layers = ctx.saved_tensors[: len(Saved._fields)], ctx.saved_tensors[len(Saved._fields) :]
-        # Another tensor on the same memory: autograd copies a gradient that its caller still holds.
-        grad = upstream.detach() if ctx.overwrite else upstream.clone()
-        with torch.autocast(grad.device.type, enabled=False):
-            layers_grad = backward(ctx.steps, Saved(*saved), [layer[None] for layer in layers], grad[None])
+        count = 5 if ctx.steps.gate else 1
+        (raw, *layers), saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        with torch.autocast(upstream.device.type, enabled=False):
+            if torch.is_grad_enabled():  # for a derivative of the derivative
+                return _differentiable_backward(ctx, upstream, raw, layers)
+            # Another tensor on the same memory: autograd copies a gradient that its caller still holds.
+            grad = upstream.detach() if ctx.overwrite else torch.empty_like(raw).copy_(upstream)
+            saved = Saved(raw[None], *saved)
+            layers_grad = backward(ctx.steps, saved, [layer[None] for layer in layers], grad[None])
         return grad, None, None, *(gradient[0] for gradient in layers_grad)
+
+
+def _differentiable_backward(ctx, upstream: Tensor, raw: Tensor, layers: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The backward pass of the plain form, by autograd."""
+    plain = excitation.excite_weight(raw, ctx.steps, functools.partial(gates, ctx.steps, layers))
+    inputs = raw, *layers
+    needed = [index for index, needs in enumerate((ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])) if needs]
+    grads = torch.autograd.grad(plain, [inputs[index] for index in needed], upstream, create_graph=True)
+    found = dict(zip(needed, grads, strict=True))
+    return found.get(0), None, None, *(found.get(index) for index in range(1, len(inputs)))
+
+
+def gates(steps: Steps, layers: Sequence[Tensor], statistic: Tensor) -> Tensor:
+    """The plain form's gates, by the tensors of their layers."""
+    return GATES[steps.gate].gates(statistic, *layers)
 
 
 def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Tensor]) -> tuple[Tensor, Saved]:
@@ -105,14 +110,14 @@ def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Ten
         # The norm of the centred filter takes a fraction of the time of torch.std.
         std = torch.linalg.vector_norm(source, dim=FILTER, keepdim=True) / math.sqrt(elements - 1)
         factor = 1 / (std + STD_EPSILON)
-    if steps.gate is ChannelGate:
+    if steps.gate == "channel":
         statistic = torch.abs(raw, out=_memory(_scratch(raw), "product", raw)).mean(FILTER)[:, None]
         size = statistic.mean((1, 2), keepdim=True) + MAGNITUDE_EPSILON
         statistic /= size
         hidden, gates = _gate(statistic, layers, kept)
         factor = factor * _per_filter(gates, raw)
     torch.mul(source, factor, out=weight)
-    if steps.gate is LocationGate:
+    if steps.gate == "location":
         statistic = _sum_locations(weight, 1 / locations)
         hidden, gates = _gate(statistic, layers, kept)
         weight.mul_(_per_filter(gates, raw))
@@ -144,17 +149,17 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
     layers_grad, along = (), None  # the latter: dL/dZ . Z of each filter
     if gates is not None:
         torch.mul(grad, weight, out=product)
-        along = product.sum(FILTER)[:, None] if steps.gate is ChannelGate else _sum_locations(product)
+        along = product.sum(FILTER)[:, None] if steps.gate == "channel" else _sum_locations(product)
         along.mul_(gates)
         if statistic is None:
             statistic = _sum_locations(weight, 1 / locations)
         statistic_grad, *layers_grad = _gate_backward(statistic, hidden, gates, layers, along, scratch)
-    if steps.gate is LocationGate:
+    if steps.gate == "location":
         grad.mul_(gain).add_(_per_filter(statistic_grad, raw), alpha=1 / locations)
         along = along.addcmul_(statistic_grad, statistic).sum(2)
 
     factor = scale
-    if steps.gate is ChannelGate:
+    if steps.gate == "channel":
         factor = gain if scale is None else scale * gain
     if steps.standardized:
         # With Z = (W - mean) / (s + e): dL/dW = (dL/dZ - its mean) / (s + e) - (dL/dZ . Z) Z / ((n - 1) s).
@@ -165,7 +170,7 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
     elif factor is not None:
         grad.mul_(factor)
 
-    if steps.gate is ChannelGate:  # whose statistic is m / (mean m + e), with m = mean |W| over a filter
+    if steps.gate == "channel":  # whose statistic is m / (mean m + e), with m = mean |W| over a filter
         along = (statistic_grad - (statistic_grad * statistic).mean((1, 2), keepdim=True)) / (size * elements)
         grad.addcmul_(torch.sign(raw, out=product), _per_filter(along, raw))
     return tuple(layers_grad)

@@ -2,15 +2,20 @@
 
 import contextlib
 import copy
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from models import excitation, fused, stacked
-from models.excitation import ChannelGate, LocationGate, activation_map
+from models.excitation import GATES, ChannelGate, LocationGate, Steps, activation_map
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
 # The paper and public code use the letters for different halves; a formulation says which letter means what.
@@ -19,6 +24,8 @@ FORMULATIONS = {
     "paper": {"mwe": activation_map, "lwe": LocationGate},
 }
 NORM_GROUPS = 32
+NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORM_NAMES = ("Norm", "Norm2d")  # how others name their own
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -69,47 +76,58 @@ class Conv2d(nn.Conv2d):
         *args, **kwargs: those of nn.Conv2d.
 
     Raises:
-        ValueError: an unknown excitation or formulation.
+        ValueError: an unknown excitation or formulation, or complex weights.
     """
 
     def __init__(
         self, *args, excitation: str = "we", formulation: str = "channel", standardize: bool = True, **kwargs
     ) -> None:
+        _check_names(excitation, formulation)
         super().__init__(*args, **kwargs)
-        if excitation not in EXCITATIONS:
-            raise ValueError(f"excitation {excitation!r} is none of {', '.join(EXCITATIONS)}")
-        if formulation not in FORMULATIONS:
-            raise ValueError(f"formulation {formulation!r} is none of {', '.join(FORMULATIONS)}")
+        self._set_up(excitation, formulation, standardize)
+
+    def _set_up(self, excitation: str, formulation: str, standardize: bool) -> None:
+        if self.weight.is_complex():
+            raise ValueError("complex weights can't be excited")
         if is_depthwise(self):
             excitation, standardize = "none", False
         self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
         halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
         self.mapped = activation_map in halves
         self.excites = self.standardize or excitation != "none"
-        self.finished = False  # inside excited_once(), where ``weight`` is the excited one
-        gates = [half for half in halves if half is not activation_map]
+        kinds = [name for name, gate in GATES.items() if gate in halves]
+        self.steps = Steps(standardize, kinds[0] if kinds else None, self.mapped)
         self.gate = None
-        if gates:
-            shape = self.in_channels, self.out_channels, self.groups
-            self.gate = gates[0](*shape, self.weight.device, self.weight.dtype)
+        if kinds:
+            gate = GATES[kinds[0]](
+                self.in_channels, self.out_channels, self.groups, self.weight.device, self.weight.dtype
+            )
+            self.gate = gate.train(self.training).requires_grad_(self.weight.requires_grad)
+        # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of.
+        self.register_buffer("excited", None, persistent=False)
+        self.source = None
 
-    def excited_weight(self, once: bool = False) -> Tensor:
-        """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32.
-
-        Args:
-            once: use the same memory as the last time, and overwrite the gradient in the backward pass.
-        """
-        if self.finished or not self.excites:
+    def excited_weight(self) -> Tensor:
+        """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
+        if not self.excites:
             return self.weight
-        with torch.autocast(self.weight.device.type, enabled=False):
-            raw = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-            # A compiler fuses the plain form by itself, and can't see into the other.
-            if torch.compiler.is_compiling():
-                weight = excitation.excite_weight(raw, self.gate, self.standardize, self.mapped)
-            else:
-                kept = _kept.setdefault(self, {}) if once else None
-                weight = fused.excite_weight(raw, self.gate, self.standardize, self.mapped, kept)
-            return weight.to(self.weight.dtype)
+        if self.excited is not None and (
+            self.source is None or torch.compiler.is_compiling() or self.source == _identify(self.weight)
+        ):
+            return self.excited
+        if self.gate is None or self.gate.is_plain():
+            return _excite(self.weight, self.steps, *([] if self.gate is None else self.gate.tensors()))
+        with _full_precision(self.weight):
+            return excitation.excite_weight(_raw(self.weight), self.steps, self.gate).to(self.weight.dtype)
+
+    def _replicate_for_data_parallel(self) -> "Conv2d":
+        replica = super()._replicate_for_data_parallel()
+        replica.source = None  # its weight is a copy of the one that was excited
+        return replica
+
+    def __getstate__(self) -> dict:
+        """A copy made inside excited_once() excites by itself."""
+        return self.__dict__ | {"_buffers": self._buffers | {"excited": None}, "source": None}
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.excited_weight(), self.bias)
@@ -119,118 +137,250 @@ class Conv2d(nn.Conv2d):
         return f"{plain}, excitation={self.excitation}, formulation={self.formulation}, standardize={self.standardize}"
 
 
-def excite(
-    module: nn.Module, excitation: str = "we", formulation: str = "channel", standardize: bool = True
-) -> nn.Module:
-    """Swap every plain nn.Conv2d of any model for an excited one that has the same weight and bias parameters.
+def _check_names(excitation: str, formulation: str) -> None:
+    if excitation not in EXCITATIONS:
+        raise ValueError(f"excitation {excitation!r} is none of {', '.join(EXCITATIONS)}")
+    if formulation not in FORMULATIONS:
+        raise ValueError(f"formulation {formulation!r} is none of {', '.join(FORMULATIONS)}")
 
-    Depthwise convolutions and subclasses of nn.Conv2d are left as they are.
+
+@torch.fx.wrap  # a step of its own where a model is traced
+def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
+    """The excited weight, by the tensors of the gate's layers."""
+    with _full_precision(weight):
+        # Compilers and functorch can't see into the fused form; the former fuses the plain one by itself.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            raw, gates = _raw(weight), functools.partial(fused.gates, steps, gate)
+            return excitation.excite_weight(raw, steps, gates).to(weight.dtype)
+        return fused.excite_weight(_raw(weight), steps, gate).to(weight.dtype)
+
+
+def _raw(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager:
+    """Outside of autocast, which devices such as meta don't have."""
+    device = weight.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
+
+
+def _identify(weight: Tensor) -> tuple[int, int]:
+    """Which tensor it is, and how often it was written to."""
+    return id(weight), 0 if weight.is_inference() else weight._version
+
+
+def excite(
+    module: nn.Module,
+    excitation: str = "we",
+    formulation: str = "channel",
+    standardize: bool = True,
+    select: Callable[[str, nn.Conv2d], bool] | None = None,
+) -> nn.Module:
+    """Make a model's plain nn.Conv2d layers excited ones, with all that they have: parameters, hooks, names.
+
+    Without ``select``, these are the convolutions that a normalization follows, in the order of the model's modules;
+    without one, as behind squeeze-and-excitation layers and heads, the activations would saturate. Depthwise
+    convolutions and subclasses of nn.Conv2d are left as they are. Do it before the optimizer, wrappers and copies for
+    averaging are made, and after weights are loaded.
 
     Args:
-        module: changed in place, unless it is itself a convolution.
+        module: changed in place. A single convolution is always excited.
         excitation, formulation, standardize: as for :class:`Conv2d`.
+        select: of a convolution's name and the layer, whether to excite it.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: an unknown excitation or formulation.
+        ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, or
+            whose weight is complex or reparametrized. Nothing is changed then.
     """
+    _check_names(excitation, formulation)
+    convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, nn.Conv2d)}
+    normalized = {module} | before_normalization(module)
+    chosen = []
+    for name, conv in convs.items():
+        if not (conv in normalized if select is None else select(name, conv)) or is_depthwise(conv):
+            continue
+        if isinstance(conv, Conv2d):
+            settings = conv.excitation, conv.formulation, conv.standardize
+            if settings != (excitation, formulation, standardize):
+                raise ValueError(f"{name or 'the layer'} is excited already, with other settings")
+        elif "weight" not in conv._parameters or conv.weight.is_complex():
+            kind = "complex" if conv.weight.is_complex() else "reparametrized, which must come after excite()"
+            raise ValueError(f"the weight of {name or 'the layer'} is {kind}")
+        elif type(conv) is nn.Conv2d:
+            chosen.append(conv)
+    if not chosen and not any(isinstance(conv, Conv2d) for conv in convs.values()):
+        raise ValueError(
+            f"none of {len(convs)} convolutions can be excited: it takes a plain nn.Conv2d, not depthwise, that a "
+            "normalization follows, or that select= names"
+        )
+    for conv in chosen:
+        conv.__class__ = Conv2d
+        conv._set_up(excitation, formulation, standardize)
+    return module
 
-    def excited(conv: nn.Conv2d) -> Conv2d:
-        new = Conv2d(**_arguments(conv), excitation=excitation, formulation=formulation, standardize=standardize)
-        new.weight, new.bias = conv.weight, conv.bias
-        return new.train(conv.training)
 
-    return _swap(module, lambda child: type(child) is nn.Conv2d and not is_depthwise(child), excited)
+def before_normalization(model: nn.Module) -> set[nn.Conv2d]:
+    """The convolutions that a normalization follows in the order of modules, before any other layer with weights."""
+    found, last = set(), None
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            last = module
+        elif type(module).__name__.endswith(NORM_NAMES) or isinstance(module, NORM_TYPES):
+            found |= {last} - {None}
+            last = None
+        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            last = None
+    return found
 
 
 def fold(model: nn.Module) -> nn.Module:
     """A copy of the model with plain nn.Conv2d layers and the same outputs: excitation costs nothing at inference.
 
     The keys of its state_dict are those of the plain network: a folded ``l_resnet50`` loads strictly into torchvision's
-    ``resnet50`` with GroupNorm(32).
+    ``resnet50`` with GroupNorm(32). Hooks are kept. What reads a convolution's ``weight`` itself reads the excited one.
+
+    Raises:
+        ValueError: a subclass of :class:`Conv2d` with a forward pass of its own, or a reparametrized weight.
     """
-
-    def plain(conv: Conv2d) -> nn.Conv2d:
-        new = nn.utils.skip_init(nn.Conv2d, **_arguments(conv))
-        new.weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
-        new.bias = conv.bias
-        return new.train(conv.training)
-
-    return _swap(copy.deepcopy(model), lambda child: isinstance(child, Conv2d), plain)
-
-
-def _excited_weights(model: nn.Module, convs: list[Conv2d]) -> list[Tensor]:
-    """The excited weight of each of the model's layers: on a GPU all together, elsewhere one after another."""
-    if not are_stacked(convs):
-        return [conv.excited_weight(once=True) for conv in convs]
-    with torch.autocast(convs[0].weight.device.type, enabled=False):
-        return stacked.excite_weights(model, [_layer(conv) for conv in convs])
-
-
-def _layer(conv: Conv2d) -> stacked.Layer:
-    tensors = [conv.weight, *fused.gate_parameters(conv.gate, conv.weight)]
-    return stacked.Layer(fused.Steps(conv.standardize, type(conv.gate), conv.mapped), tensors)
-
-
-def are_stacked(convs: list[Conv2d]) -> bool:
-    """Whether the layers are on a GPU, in a type that they can be excited in."""
-    return bool(convs) and all(
-        conv.weight.is_cuda and conv.weight.dtype in (torch.float32, torch.float64) for conv in convs
-    )
+    for name, conv in model.named_modules():
+        if isinstance(conv, Conv2d):
+            if type(conv).forward is not Conv2d.forward:
+                raise ValueError(f"{name or 'the layer'} is a {type(conv).__name__}, whose forward() fold() can't keep")
+            if "weight" not in conv._parameters:
+                raise ValueError(f"the weight of {name or 'the layer'} is reparametrized: make it plain before fold()")
+    folded = copy.deepcopy(model)
+    for conv in list(folded.modules()):
+        if isinstance(conv, Conv2d):
+            weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
+            del conv.gate, conv.excited
+            for name in ("excitation", "formulation", "standardize", "mapped", "excites", "steps", "source"):
+                delattr(conv, name)
+            conv.__class__ = nn.Conv2d
+            conv.weight = weight
+    return folded
 
 
 @contextlib.contextmanager
 def excited_once(model: nn.Module) -> Iterator[None]:
     """Excite the weights once for all forward and backward passes inside the block: those of one optimizer step.
 
-    Inside, each excited convolution's parameter ``weight`` is the finished weight, a leaf that gathers the gradient of
-    every micro-batch; DataParallel copies it to its replicas like any other parameter. On leaving, the raw weight is
-    back, and the gathered gradient flows through the excitation once, to the raw weights and the gates. After an
-    exception the model is as it was before the block, and nothing flows. The finished weights and their gradients are
-    no one's to keep: the next block writes over the ones, leaving this one over the others.
+    Inside, each excited convolution has its excited weight in the buffer ``excited``, a leaf that gathers the gradient
+    of every micro-batch, and that DataParallel copies to its replicas; ``weight`` stays the raw parameter. At the end,
+    the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
+    unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it. A weight that is
+    replaced or written to inside is excited anew in each forward pass. After an exception nothing flows. The excited
+    weights and their gradients are no one's to keep: the next block writes over the ones, leaving this one over the
+    others.
+
+    Raises:
+        ValueError: the model is wrapped in what can't work with it.
+        RuntimeError: an optimizer of these weights steps inside, or a backward pass comes after the end.
     """
-    convs = [
-        module for module in model.modules() if isinstance(module, Conv2d) and module.excites and not module.finished
-    ]
-    raw = [conv.weight for conv in convs]
-    excited = _excited_weights(model, convs)
-    finished = [nn.Parameter(weight.detach(), requires_grad=weight.requires_grad) for weight in excited]
+    _refuse_wrappers(model)
+    convs = [module for module in model.modules() if isinstance(module, Conv2d) and _can_be_excited_once(module)]
+    weights = _excited_weights(model, convs)
+    leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
+    parameters = {id(tensor) for conv in convs for tensor in (conv.weight, *_gate_tensors(conv))}
+    hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, parameters))
     try:
-        _exchange(convs, finished, True)
+        for conv, leaf in zip(convs, leaves, strict=True):
+            conv._buffers["excited"], vars(conv)["source"] = leaf, _identify(conv.weight)
         yield
     finally:
-        _exchange(convs, raw, False)
-    used = [(weight, leaf.grad) for weight, leaf in zip(excited, finished, strict=True) if leaf.grad is not None]
+        hook.remove()
+        for conv, leaf in zip(convs, leaves, strict=True):
+            conv._buffers["excited"] = vars(conv)["source"] = None
+            if leaf.requires_grad:
+                leaf.register_hook(_refuse_backward)
+    used = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
     if used:
-        torch.autograd.backward(*zip(*used, strict=True))
+        weights, grads = zip(*used, strict=True)
+        torch.autograd.backward(weights, _own_memory(grads))
 
 
-def _exchange(convs: list[Conv2d], weights: list[nn.Parameter], finished: bool) -> None:
-    for conv, weight in zip(convs, weights, strict=True):
-        conv._parameters["weight"] = weight  # setattr looks through all of a module's tensors first
-        conv.finished = finished
+def _can_be_excited_once(conv: Conv2d) -> bool:
+    """Not inside another block, nor where the weight is made anew in each forward pass."""
+    return conv.excites and conv.excited is None and "weight" in conv._parameters
 
 
-def _arguments(conv: nn.Conv2d) -> dict:
-    """What nn.Conv2d's constructor was given."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    tensors = {"bias": conv.bias is not None, "device": conv.weight.device, "dtype": conv.weight.dtype}
-    return {name: getattr(conv, name) for name in names} | tensors
+def _excited_weights(model: nn.Module, convs: list[Conv2d]) -> list[Tensor]:
+    """The excited weight of each of the model's layers: on a GPU all together, elsewhere one after another."""
+    if are_stacked(convs):
+        layers = [stacked.Layer(conv.steps, [conv.weight, *_gate_tensors(conv)]) for conv in convs]
+        with _full_precision(convs[0].weight):
+            return stacked.excite_weights(model, layers)
+    return [_excite_in_place(conv) if _has_plain_gate(conv) else conv.excited_weight() for conv in convs]
 
 
-def _swap(
-    module: nn.Module, chosen: Callable[[nn.Module], bool], convert: Callable[[nn.Module], nn.Module]
-) -> nn.Module:
-    """Replace each chosen module inside ``module``; one that stands in two places stays one."""
-    if chosen(module):
-        return convert(module)
-    converted = {}
-    for parent in list(module.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and chosen(child):
-                if child not in converted:
-                    converted[child] = convert(child)
-                setattr(parent, name, converted[child])
-    return module
+def are_stacked(convs: list[Conv2d]) -> bool:
+    """Whether the layers are on a GPU, in a type that they can be excited in."""
+    return bool(convs) and all(
+        conv.weight.is_cuda and conv.weight.dtype in (torch.float32, torch.float64) and _has_plain_gate(conv)
+        for conv in convs
+    )
+
+
+def _excite_in_place(conv: Conv2d) -> Tensor:
+    """The excited weight, in the memory of the last time; the gradient is overwritten in the backward pass."""
+    with _full_precision(conv.weight):
+        kept = _kept.setdefault(conv, {})
+        return fused.excite_weight(_raw(conv.weight), conv.steps, _gate_tensors(conv), kept).to(conv.weight.dtype)
+
+
+def _has_plain_gate(conv: Conv2d) -> bool:
+    return conv.gate is None or conv.gate.is_plain()
+
+
+def _gate_tensors(conv: Conv2d) -> list[Tensor]:
+    return [] if conv.gate is None else conv.gate.tensors()
+
+
+def _own_memory(grads: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients that may be overwritten: autograd gives several leaves the same one, or an expanded one."""
+    owners = Counter(grad.untyped_storage().data_ptr() for grad in grads)
+    return [
+        grad
+        if owners[grad.untyped_storage().data_ptr()] == 1 and grad.untyped_storage().nbytes() >= grad.nbytes
+        else grad.contiguous().clone()
+        for grad in grads
+    ]
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        names = {base.__name__ for base in type(module).__mro__} & {"FullyShardedDataParallel", "FSDPModule"}
+        if isinstance(module, DistributedDataParallel):
+            names |= {f"{name}=True" for name in ("static_graph", "find_unused_parameters") if getattr(module, name)}
+        if names:
+            raise ValueError(f"excited_once() can't work with {', '.join(names)}: train without one of the two")
+
+
+def _refuse_step(parameters: set[int], optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
+        raise RuntimeError(
+            "an optimizer steps inside excited_once(): gradients reach its weights at the end of the block"
+        )
+
+
+def _refuse_backward(grad: Tensor) -> None:
+    raise RuntimeError("a backward pass comes after the end of excited_once(): put it inside the block")
+
+
+@contextlib.contextmanager
+def without_raw_weights(model: nn.Module) -> Iterator[None]:
+    """For what copies a model to other devices inside excited_once(), where these have no use for the raw weights."""
+    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excited is not None]
+    raw = [conv.weight for conv in convs]
+    try:
+        for conv in convs:
+            conv._parameters["weight"] = None
+        yield
+    finally:
+        for conv, weight in zip(convs, raw, strict=True):
+            conv._parameters["weight"] = weight

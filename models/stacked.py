@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models import fused
-from models.fused import Saved, Steps
+from models.excitation import Steps
+from models.fused import Saved, dense_strides
 
 BRANCHES = 8  # stacks that a graph works on at the same time
 
@@ -72,7 +73,7 @@ class _Plan:
         kinds = defaultdict(list)
         for index, (steps, tensors) in enumerate(layers):
             parts = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-            kinds[steps, parts, _strides(tensors[0])].append(index)
+            kinds[steps, parts, dense_strides(tensors[0])].append(index)
         self.stacks = list(kinds.values())  # of each one, its layers
 
     def fits(self, layers: list[Layer]) -> bool:
@@ -165,16 +166,11 @@ def _identify(layers: list[Layer]) -> list[tuple]:
     return list(zip((steps for steps, _ in layers), kinds, places, strict=True))
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Those of a copy without gaps, in the order of the tensor's memory."""
-    return torch.empty_like(tensor, device="meta").stride()
-
-
 def _stack_like(tensors: tuple[Tensor, ...]) -> Tensor:
     """Memory for a stack of tensors of one shape."""
     first = tensors[0]
     memory = torch.empty(len(tensors) * first.numel(), dtype=first.dtype, device=first.device)
-    return memory.as_strided((len(tensors), *first.shape), (first.numel(), *_strides(first)))
+    return memory.as_strided((len(tensors), *first.shape), (first.numel(), *dense_strides(first)))
 
 
 def _in_turn(work: Iterable[Callable]) -> list:

@@ -422,7 +422,7 @@ def test_excitation_takes_few_operations(meta, formulation):
     convs = [module for module in model.modules() if isinstance(module, Conv2d)]
     with _Operations() as operations, excited_once(model):
         for conv in convs:
-            conv.weight.grad = torch.empty_like(conv.weight)
+            conv.excited.grad = torch.empty_like(conv.weight)
     assert all(parameter.grad is not None for conv in convs for parameter in conv.parameters())
     assert operations.count <= 1400 and not operations.copies
 

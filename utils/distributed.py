@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from models.layers import without_raw_weights
 from utils.arguments import cores
 from utils.errors import BadInput
 
@@ -245,19 +246,21 @@ def parallel(model: nn.Module, devices: list[torch.device]) -> nn.Module:
 
 def over_devices(model: nn.Module, devices: list[torch.device], is_fixed: bool = False) -> nn.Module:
     """The model over several GPUs of this process, or as it is; ``is_fixed`` where its weights don't change."""
-    if len(devices) == 1:
-        return model
-    return (_FixedDataParallel if is_fixed else nn.DataParallel)(model, [device.index for device in devices])
+    return model if len(devices) == 1 else _DataParallel(model, devices, is_fixed)
 
 
-class _FixedDataParallel(nn.DataParallel):
-    """Sends its weights to the devices once, and not again for each batch."""
+class _DataParallel(nn.DataParallel):
+    """Sends no weights that replicas don't use, and those of a network that doesn't change only once."""
 
-    replicas = None
+    def __init__(self, model: nn.Module, devices: list[torch.device], is_fixed: bool):
+        super().__init__(model, [device.index for device in devices])
+        self.is_fixed, self.replicas = is_fixed, []
 
     def replicate(self, module: nn.Module, device_ids: list[int]) -> list[nn.Module]:
-        if self.replicas is None:
-            self.replicas = super().replicate(module, self.device_ids)
+        if not self.is_fixed:
+            with without_raw_weights(module):
+                return super().replicate(module, device_ids)
+        self.replicas = self.replicas or super().replicate(module, self.device_ids)
         return self.replicas[: len(device_ids)]
 
 

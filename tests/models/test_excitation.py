@@ -195,8 +195,11 @@ def test_fused_is_plain(in_channels, out_channels, kernel, groups, formulation, 
     kept = upstream.clone()
     parameters = excitation_parameters(conv)
     results = []
-    for module in (plain, fused):
-        weight = module.excite_weight(conv.weight, conv.gate, conv.standardize, conv.mapped)
+    layers = [] if conv.gate is None else conv.gate.tensors()
+    for weight in (
+        plain.excite_weight(conv.weight, conv.steps, conv.gate),
+        fused.excite_weight(conv.weight, conv.steps, layers),
+    ):
         results.append([weight, *torch.autograd.grad(weight, parameters, upstream)])
     for expected, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)

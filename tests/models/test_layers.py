@@ -66,15 +66,15 @@ def test_depthwise_is_left_plain():
     assert conv.excited_weight() is not None
     assert torch.equal(conv.excited_weight(), conv.weight)
     assert is_depthwise(conv)
-    network = excite(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(1, 4, 3)))
-    assert [type(layer) is nn.Conv2d for layer in network] == [True, False, False]
+    network = excite(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)), select=lambda *_: True)
+    assert [type(layer) is nn.Conv2d for layer in network] == [True, False]
 
 
 def test_excite_keeps_the_parameters_and_the_places():
     network = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)), "b": nn.Conv2d(3, 4, 1)})
     network["c"] = network["b"]
     before = dict(network.named_parameters())
-    assert excite(network, "none") is network
+    assert excite(network, "none", select=lambda *_: True) is network
     after = dict(network.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert network["c"] is network["b"]
@@ -175,7 +175,7 @@ def test_inside_excited_once_replicas_have_finished_weights(formulation, monkeyp
     gradients = [parameter.grad.clone() for parameter in conv.parameters()]
     conv.zero_grad()
     with excited_once(conv):
-        assert torch.equal(conv.weight, expected)
+        assert torch.equal(conv.excited, expected)
         monkeypatch.setattr("models.fused.excite_weight", None)  # nobody excites again
         replicas = replication.replicate(conv, [0, 1])
         (replicas[0](x[:1]).sum() + replicas[1](x[1:]).sum()).backward()
@@ -194,7 +194,7 @@ def test_an_exception_in_excited_once_leaves_the_model_as_it_was():
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
     assert model[0].weight.grad is None
-    assert not model[0].finished
+    assert model[0].excited is None
 
 
 @BOTH
