@@ -164,16 +164,19 @@ def _of_another_trainer(checkpoint: dict) -> dict:
     state = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict):
         state = {}
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    public_gates = _rename_gates(state)
     epoch, optimizer = checkpoint.get("epoch"), checkpoint.get("optimizer")
     has_epoch = _is_a(epoch, int) and epoch >= 0
-    has_optimizer = isinstance(optimizer, dict) and _are_finite(optimizer.get("state"))
+    # Momenta of gates that are convolutions don't fit ours.
+    has_optimizer = isinstance(optimizer, dict) and not public_gates and _are_finite(optimizer.get("state"))
     lacks = {"epoch": not has_epoch, "optimizer": not has_optimizer}
     return {
         "epoch": epoch if has_epoch else 0,
         "step": 0,
         "arch": "",
         "classes": [],
-        "state_dict": {str(name).removeprefix("module."): value for name, value in state.items()},
+        "state_dict": state,
         "optimizer": optimizer if has_optimizer else {"state": {}},
         "scaler": {},
         "best_acc": -1.0,
@@ -187,6 +190,18 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "missing": [name for name, is_missing in lacks.items() if is_missing]
         + ["options", "classes", "log", "best top-1", "random state"],
     }
+
+
+def _rename_gates(state: dict) -> bool:
+    """Name the location gates of public weight-excitation code, 1 x 1 convolutions of each layer, as here."""
+    layers = [name.removesuffix("fc1.weight") for name in state if name.endswith(".fc1.weight")]
+    layers = [layer for layer in layers if getattr(state.get(f"{layer}weight"), "ndim", 0) == 4]
+    for layer in layers:
+        for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            if isinstance(value := state.get(layer + name), torch.Tensor):
+                state[f"{layer}gate.{name}"] = value.flatten(1) if value.ndim == 4 else value
+                del state[layer + name]
+    return bool(layers)
 
 
 def _is_a(value: object, kind: type) -> bool:

@@ -1,5 +1,6 @@
 """The l_* networks against torchvision's, and against an independently written GN+WS forward."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 import models
+from models.imagenet.resnet import BasicBlock as Ours
+from models.imagenet.resnet import ResNet
 from models.layers import FORMULATIONS, fold
 from utils.checkpoint import load, load_weights
 
@@ -103,3 +107,42 @@ def test_a_published_checkpoint_gives_its_logits(tmp_path):
     state = {name: value.double() for name, value in state.items()}
     with torch.no_grad():
         torch.testing.assert_close(model.double()(x), gn_ws_resnet50(state, x), rtol=1e-9, atol=1e-9)
+
+
+class PublicConv2d(nn.Conv2d):
+    """A convolution of public weight-excitation code: location gates by 1 x 1 convolutions over the weight."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        hidden = max(self.in_channels // 16, 1)
+        self.fc1 = nn.Conv2d(self.in_channels // self.groups, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, self.in_channels // self.groups, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        deviation, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / (deviation + 1e-5)
+        gates = self.fc2(self.fc1(weight.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self._conv_forward(images, weight * gates, self.bias)
+
+
+def test_a_checkpoint_of_public_code_gives_its_logits(tmp_path, capsys):
+    torch.manual_seed(0)
+    build = functools.partial(torchvision.models.ResNet, BasicBlock, [1, 1, 1, 1], num_classes=5)
+    public = build(norm_layer=functools.partial(nn.GroupNorm, 32))
+    for parent in list(public.modules()):
+        for name, conv in parent.named_children():
+            if isinstance(conv, nn.Conv2d):
+                shape = conv.in_channels, conv.out_channels, conv.kernel_size
+                setattr(parent, name, PublicConv2d(*shape, conv.stride, conv.padding, bias=False))
+    optimizer = torch.optim.SGD(public.parameters(), 0.1, 0.9)
+    public(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    state = {f"module.{name}": value for name, value in public.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3, "optimizer": optimizer.state_dict()}, tmp_path / "public.pth.tar")
+    saved = load(tmp_path / "public.pth.tar")
+    assert saved["epoch"] == 3
+    assert saved["missing"][0] == "optimizer"  # whose momenta have the convolutions' shapes
+    ours = ResNet(Ours, (1, 1, 1, 1), num_classes=5, formulation="paper", excitation="lwe")
+    load_weights(ours, saved)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(images), public(images), rtol=1e-4, atol=1e-5)
