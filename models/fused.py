@@ -123,8 +123,8 @@ def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Ten
         weight.mul_(_per_filter(gates, raw))
         if locations == 1:
             statistic = None  # it was a view of ``weight``
-    if steps.mapped:
-        limit = map_limit(_maximum(weight))
+    if steps.margin is not None:
+        limit = map_limit(_maximum(weight), steps.margin)
         weight.div_(limit).atanh_().mul_(limit)
     return weight, Saved(raw, mean, std, statistic, size, hidden, gates, limit)
 
@@ -140,7 +140,7 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
         scale = 1 / (std + STD_EPSILON)
         weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).mul_(scale)
 
-    if steps.mapped:  # df/dw = 1 / (1 - (w / MA)^2), where w is the gated weight
+    if limit is not None:  # df/dw = 1 / (1 - (w / MA)^2), where w is the gated weight
         torch.div(weight, limit, out=product)
         if gates is not None:
             product.mul_(gain)

@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from models import excitation, fused, stacked
-from models.excitation import GATES, ChannelGate, LocationGate, Steps, activation_map
+from models.excitation import GATE_REDUCTION, GATES, MAP_MARGIN, ChannelGate, LocationGate, Steps, activation_map
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
 # The paper and public code use the letters for different halves; a formulation says which letter means what.
@@ -59,6 +61,25 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups > 1 and conv.groups == conv.in_channels
 
 
+class Settings(NamedTuple):
+    """How a layer is excited: the arguments of :class:`Conv2d`."""
+
+    excitation: str = "we"
+    formulation: str = "channel"
+    standardize: bool = True
+    reduction: int = GATE_REDUCTION
+    margin: float = MAP_MARGIN
+
+    def check(self) -> None:
+        """Raise ValueError where one of them can't be."""
+        if self.excitation not in EXCITATIONS:
+            raise ValueError(f"excitation {self.excitation!r} is none of {', '.join(EXCITATIONS)}")
+        if self.formulation not in FORMULATIONS:
+            raise ValueError(f"formulation {self.formulation!r} is none of {', '.join(FORMULATIONS)}")
+        if self.reduction < 1 or not 1 < self.margin < math.inf:
+            raise ValueError(f"reduction {self.reduction} is below 1, or margin {self.margin} not above 1")
+
+
 _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # memory of the last optimizer step
 
 
@@ -73,35 +94,46 @@ class Conv2d(nn.Conv2d):
         excitation: ``we`` (both), ``mwe``, ``lwe`` or ``none``.
         formulation: ``channel`` (MWE the channel gate, LWE the map) or ``paper`` (MWE the map, LWE the location gate).
         standardize: whether weight standardization comes first.
+        reduction: the gate's hidden layer has the channels over this.
+        margin: the map has its pole at this times the largest weight, above 1.
         *args, **kwargs: those of nn.Conv2d.
 
     Raises:
-        ValueError: an unknown excitation or formulation, or complex weights.
+        ValueError: an unknown excitation or formulation, a number out of its bounds, or complex weights.
     """
 
     def __init__(
-        self, *args, excitation: str = "we", formulation: str = "channel", standardize: bool = True, **kwargs
+        self,
+        *args,
+        excitation: str = "we",
+        formulation: str = "channel",
+        standardize: bool = True,
+        reduction: int = GATE_REDUCTION,
+        margin: float = MAP_MARGIN,
+        **kwargs,
     ) -> None:
-        _check_names(excitation, formulation)
+        settings = Settings(excitation, formulation, standardize, reduction, margin)
+        settings.check()
         super().__init__(*args, **kwargs)
-        self._set_up(excitation, formulation, standardize)
+        self._set_up(settings)
 
-    def _set_up(self, excitation: str, formulation: str, standardize: bool) -> None:
+    def _set_up(self, settings: "Settings") -> None:
+        excitation, formulation, standardize, reduction, margin = settings
         if self.weight.is_complex():
             raise ValueError("complex weights can't be excited")
         if is_depthwise(self):
             excitation, standardize = "none", False
+        self.settings = settings
         self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
         halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
         self.mapped = activation_map in halves
         self.excites = self.standardize or excitation != "none"
         kinds = [name for name, gate in GATES.items() if gate in halves]
-        self.steps = Steps(standardize, kinds[0] if kinds else None, self.mapped)
+        self.steps = Steps(standardize, kinds[0] if kinds else None, margin if self.mapped else None)
         self.gate = None
         if kinds:
-            gate = GATES[kinds[0]](
-                self.in_channels, self.out_channels, self.groups, self.weight.device, self.weight.dtype
-            )
+            shape = self.in_channels, self.out_channels, self.groups
+            gate = GATES[kinds[0]](*shape, self.weight.device, self.weight.dtype, reduction)
             self.gate = gate.train(self.training).requires_grad_(self.weight.requires_grad)
         # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of.
         self.register_buffer("excited", None, persistent=False)
@@ -137,13 +169,6 @@ class Conv2d(nn.Conv2d):
         return f"{plain}, excitation={self.excitation}, formulation={self.formulation}, standardize={self.standardize}"
 
 
-def _check_names(excitation: str, formulation: str) -> None:
-    if excitation not in EXCITATIONS:
-        raise ValueError(f"excitation {excitation!r} is none of {', '.join(EXCITATIONS)}")
-    if formulation not in FORMULATIONS:
-        raise ValueError(f"formulation {formulation!r} is none of {', '.join(FORMULATIONS)}")
-
-
 @torch.fx.wrap  # a step of its own where a model is traced
 def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
@@ -177,6 +202,8 @@ def excite(
     excitation: str = "we",
     formulation: str = "channel",
     standardize: bool = True,
+    reduction: int = GATE_REDUCTION,
+    margin: float = MAP_MARGIN,
     select: Callable[[str, nn.Conv2d], bool] | None = None,
 ) -> nn.Module:
     """Make a model's plain nn.Conv2d layers excited ones, with all that they have: parameters, hooks, names.
@@ -188,7 +215,7 @@ def excite(
 
     Args:
         module: changed in place. A single convolution is always excited.
-        excitation, formulation, standardize: as for :class:`Conv2d`.
+        excitation, formulation, standardize, reduction, margin: as for :class:`Conv2d`.
         select: of a convolution's name and the layer, whether to excite it.
 
     Returns:
@@ -198,7 +225,8 @@ def excite(
         ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, or
             whose weight is complex or reparametrized. Nothing is changed then.
     """
-    _check_names(excitation, formulation)
+    settings = Settings(excitation, formulation, standardize, reduction, margin)
+    settings.check()
     convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, nn.Conv2d)}
     normalized = {module} | before_normalization(module)
     chosen = []
@@ -206,8 +234,7 @@ def excite(
         if not (conv in normalized if select is None else select(name, conv)) or is_depthwise(conv):
             continue
         if isinstance(conv, Conv2d):
-            settings = conv.excitation, conv.formulation, conv.standardize
-            if settings != (excitation, formulation, standardize):
+            if conv.settings != settings:
                 raise ValueError(f"{name or 'the layer'} is excited already, with other settings")
         elif "weight" not in conv._parameters or conv.weight.is_complex():
             kind = "complex" if conv.weight.is_complex() else "reparametrized, which must come after excite()"
@@ -221,7 +248,7 @@ def excite(
         )
     for conv in chosen:
         conv.__class__ = Conv2d
-        conv._set_up(excitation, formulation, standardize)
+        conv._set_up(settings)
     return module
 
 
@@ -259,7 +286,16 @@ def fold(model: nn.Module) -> nn.Module:
         if isinstance(conv, Conv2d):
             weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
             del conv.gate, conv.excited
-            for name in ("excitation", "formulation", "standardize", "mapped", "excites", "steps", "source"):
+            for name in (
+                "excitation",
+                "formulation",
+                "standardize",
+                "mapped",
+                "excites",
+                "steps",
+                "settings",
+                "source",
+            ):
                 delattr(conv, name)
             conv.__class__ = nn.Conv2d
             conv.weight = weight

@@ -47,7 +47,7 @@ def test_torchvision_is_untouched_unless_told():
 
 @pytest.mark.parametrize("arch", ["alexnet", "vgg11", "squeezenet1_0"])
 def test_networks_without_norms_are_refused(arch):
-    with pytest.raises(ValueError, match="no normalization layers"):
+    with pytest.raises(ValueError, match=f"{arch}: none of .* convolutions can be excited"):
         models.create(arch, num_classes=3, excitation="none")
 
 
@@ -137,9 +137,12 @@ def test_unknown_architecture():
 
 def test_description():
     channel = models.describe(models.create("resnet18", excitation="we"))
-    assert "formulation channel, standardized, MWE (channel gate), LWE (activation map)\nBatchNorm cancels" in channel
+    assert "formulation channel, standardized, MWE (channel gate), LWE (activation map); 20 of 20 convo" in channel
+    assert "\nBatchNorm cancels" in channel
     assert "BatchNorm" not in models.describe(models.create("l_resnet18"))
     paper = Conv2d(16, 32, 1, excitation="lwe", formulation="paper", standardize=False)
-    assert models.describe(paper).endswith("49 of them in gates; formulation paper, LWE (location gate)")
+    assert models.describe(paper).endswith("49 of them in gates; formulation paper, LWE (location gate); 1 of 1 convolutions excited")
     plain = Conv2d(16, 32, 1, excitation="none", standardize=False)
+    mixed = models.describe(models.create("mobilenet_v3_small", excitation="we", formulation="paper"))
+    assert mixed.endswith("23 of 52 convolutions excited (11 are depthwise, no normalization follows 18)")
     assert models.describe(plain) == models.describe(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"
