@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.excitation import ChannelGate, LocationGate, activation_map
-from models.imagenet import resnet, resnext
-from models.layers import FORMULATIONS, Conv2d, excite, fold, is_depthwise
+from .excitation import ChannelGate, LocationGate, activation_map
+from .imagenet import resnet, resnext
+from .layers import FORMULATIONS, Conv2d, excite, fold, is_depthwise
 
 EXCITED = {
     name: constructor

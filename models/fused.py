@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models import excitation
-from models.excitation import GATES, MAGNITUDE_EPSILON, STD_EPSILON, Steps, check_filters, map_limit
+from . import excitation
+from .excitation import GATES, MAGNITUDE_EPSILON, STD_EPSILON, Steps, check_filters, map_limit
 
 FILTER = (2, 3, 4)  # the dimensions of a filter in a stack
 LAYER = (1, 2, 3, 4)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.excitation import map_limit, standardize
-from models.layers import Conv2d
+from .excitation import map_limit, standardize
+from .layers import Conv2d
 
 
 class Layer(NamedTuple):

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from models import excitation, fused, stacked
-from models.excitation import GATE_REDUCTION, GATES, MAP_MARGIN, ChannelGate, LocationGate, Steps, activation_map
+from . import excitation, fused, stacked
+from .excitation import GATE_REDUCTION, GATES, MAP_MARGIN, ChannelGate, LocationGate, Steps, activation_map
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
 # The paper and public code use the letters for different halves; a formulation says which letter means what.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from models import fused
-from models.excitation import Steps
-from models.fused import Saved, dense_strides
+from . import fused
+from .excitation import Steps
+from .fused import Saved, dense_strides
 
 BRANCHES = 8  # stacks that a graph works on at the same time
 

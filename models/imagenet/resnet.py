@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.layers import excite, group_norm
+from ..layers import excite, group_norm
 
 conv = partial(nn.Conv2d, bias=False)
 

@@ -1,6 +1,6 @@
 """ResNeXt: the ResNet of resnet.py with ``cardinality`` groups of ``base_width`` channels (Xie et al., 1611.05431)."""
 
-from models.imagenet.resnet import Bottleneck, ResNet
+from .resnet import Bottleneck, ResNet
 
 
 def l_resnext50(*, cardinality: int = 32, base_width: int = 4, **options) -> ResNet:

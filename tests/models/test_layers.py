@@ -3,12 +3,17 @@
 import contextlib
 import copy
 import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+from models import layers
 from models.excitation import ChannelGate, LocationGate, activation_map
 from models.imagenet.resnet import BasicBlock, ResNet
 from models.layers import FORMULATIONS, Conv2d, excite, excited_once, fold, is_depthwise
@@ -231,3 +236,24 @@ def test_excited_once_with_frozen_weights():
     with excited_once(model):
         assert torch.equal(model(torch.zeros(1, 4, 5, 5)), model(torch.zeros(1, 4, 5, 5)))
     assert model.weight.grad is None
+
+
+def test_the_loop_of_the_readme():
+    """Its model is small, its steps are two; it runs as it stands."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("## In your own network")[1].split("```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    parts = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    images = torch.randn(4, 3, 8, 8)
+    scope = {"torch": torch, "loss": nn.CrossEntropyLoss(), "model": nn.Sequential(*parts)}
+    scope["steps"] = 2 * [[(images[:2], torch.tensor([0, 1])), (images[2:], torch.tensor([1, 0]))]]
+    before = copy.deepcopy(parts[0].weight)
+    exec(code, scope)
+    assert not torch.equal(scope["model"][0].weight, before)
+    torch.testing.assert_close(scope["plain"](images), scope["model"](images))
+
+
+def test_the_package_works_under_another_name(tmp_path):
+    shutil.copytree(Path(layers.__file__).parent, tmp_path / "theirs")
+    code = "import theirs, sys; theirs.create('l_resnet18', num_classes=2); assert 'models' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
