@@ -40,7 +40,7 @@ def create(
         num_classes: with ``pretrained`` and other classes than the weights', the classifier is made anew.
         pretrained: torchvision's default weights; there are none for l_*.
         excitation: ``we``, ``mwe``, ``lwe`` or ``none``; None is ``we`` for l_* and an untouched network for
-            torchvision's. Where it is given for those, their convolutions are excited and their norm stays.
+            torchvision's. Where it is given for those, the convolutions that a norm follows are excited.
         formulation, standardize: as for :class:`models.layers.Conv2d`.
         cardinality, base_width: of l_resnext*.
         drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.

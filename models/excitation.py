@@ -86,7 +86,7 @@ class Gate(nn.Module):
         """Whether its tensors say all: the layers are those that it was made with, without hooks."""
         hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         layers = self.fc1, self.fc2
-        return all(type(layer) is nn.Linear for layer in layers) and not any(
+        return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) and not any(
             getattr(module, name) for module in (self, *layers) for name in hooks
         )
 

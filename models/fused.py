@@ -8,6 +8,7 @@ plain form.
 operation costs more to launch than to do, all layers of that shape; on a CPU, one.
 """
 
+import contextlib
 import functools
 import math
 import threading
@@ -67,9 +68,10 @@ class _Excitation(torch.autograd.Function):
     def backward(ctx, upstream):
         count = 5 if ctx.steps.gate else 1
         (raw, *layers), saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        with torch.autocast(upstream.device.type, enabled=False):
-            if torch.is_grad_enabled():  # for a derivative of the derivative
-                return _differentiable_backward(ctx, upstream, raw, layers)
+        with full_precision(raw):
+            # The plain form, for a derivative of the derivative, or many gradients at once.
+            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream):
+                return _plain_backward(ctx, upstream, raw, layers)
             # Another tensor on the same memory: autograd copies a gradient that its caller still holds.
             grad = upstream.detach() if ctx.overwrite else torch.empty_like(raw).copy_(upstream)
             saved = Saved(raw[None], *saved)
@@ -77,14 +79,23 @@ class _Excitation(torch.autograd.Function):
         return grad, None, None, *(gradient[0] for gradient in layers_grad)
 
 
-def _differentiable_backward(ctx, upstream: Tensor, raw: Tensor, layers: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _plain_backward(ctx, upstream: Tensor, raw: Tensor, layers: list[Tensor]) -> tuple[Tensor | None, ...]:
     """The backward pass of the plain form, by autograd."""
-    plain = excitation.excite_weight(raw, ctx.steps, functools.partial(gates, ctx.steps, layers))
-    inputs = raw, *layers
+    inputs, create_graph = (raw, *layers), torch.is_grad_enabled()
     needed = [index for index, needs in enumerate((ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])) if needs]
-    grads = torch.autograd.grad(plain, [inputs[index] for index in needed], upstream, create_graph=True)
+    with torch.enable_grad():
+        plain = excitation.excite_weight(raw, ctx.steps, functools.partial(gates, ctx.steps, layers))
+        grads = torch.autograd.grad(plain, [inputs[index] for index in needed], upstream, create_graph=create_graph)
     found = dict(zip(needed, grads, strict=True))
     return found.get(0), None, None, *(found.get(index) for index in range(1, len(inputs)))
+
+
+def full_precision(weight: Tensor) -> contextlib.AbstractContextManager:
+    """Outside of autocast, which devices such as meta don't have."""
+    device = weight.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def gates(steps: Steps, layers: Sequence[Tensor], statistic: Tensor) -> Tensor:
@@ -235,6 +246,8 @@ def _scratch(like: Tensor) -> dict[str, Tensor]:
 
 def _memory(kept: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     """A tensor to overwrite, of the shape and strides of ``like``, in the memory kept under that name if it will do."""
+    if type(like) is not Tensor:  # a stand-in without memory, such as FakeTensor
+        return torch.empty_like(like)
     memory = kept.get(name)
     fits = memory is not None and memory.numel() >= like.numel() and not memory.is_inference()
     if not fits or memory.dtype != like.dtype or memory.device != like.device:

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
-from .excitation import GATE_REDUCTION, GATES, MAP_MARGIN, ChannelGate, LocationGate, Steps, activation_map
+from .excitation import GATE_REDUCTION, GATES, MAP_MARGIN, ChannelGate, Gate, LocationGate, Steps, activation_map
+from .fused import full_precision
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
 # The paper and public code use the letters for different halves; a formulation says which letter means what.
@@ -135,21 +136,22 @@ class Conv2d(nn.Conv2d):
             shape = self.in_channels, self.out_channels, self.groups
             gate = GATES[kinds[0]](*shape, self.weight.device, self.weight.dtype, reduction)
             self.gate = gate.train(self.training).requires_grad_(self.weight.requires_grad)
-        # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of.
-        self.register_buffer("excited", None, persistent=False)
-        self.source = None
+        # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of. It is no
+        # parameter or buffer, so that copies, averages and wrappers see what they see outside.
+        self.excited = self.source = None
 
     def excited_weight(self) -> Tensor:
         """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
         if not self.excites:
             return self.weight
-        if self.excited is not None and (
-            self.source is None or torch.compiler.is_compiling() or self.source == _identify(self.weight)
-        ):
-            return self.excited
+        if self.excited is not None:
+            if self.source is None:  # in a replica
+                return self.excited.to(self.weight.device)
+            if torch.compiler.is_compiling() or self.source == _identify(self.weight):
+                return self.excited
         if self.gate is None or self.gate.is_plain():
             return _excite(self.weight, self.steps, *([] if self.gate is None else self.gate.tensors()))
-        with _full_precision(self.weight):
+        with full_precision(self.weight):
             return excitation.excite_weight(_raw(self.weight), self.steps, self.gate).to(self.weight.dtype)
 
     def _replicate_for_data_parallel(self) -> "Conv2d":
@@ -159,7 +161,7 @@ class Conv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict:
         """A copy made inside excited_once() excites by itself."""
-        return self.__dict__ | {"_buffers": self._buffers | {"excited": None}, "source": None}
+        return self.__dict__ | {"excited": None, "source": None}
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.excited_weight(), self.bias)
@@ -172,7 +174,7 @@ class Conv2d(nn.Conv2d):
 @torch.fx.wrap  # a step of its own where a model is traced
 def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
-    with _full_precision(weight):
+    with full_precision(weight):
         # Compilers and functorch can't see into the fused form; the former fuses the plain one by itself.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             raw, gates = _raw(weight), functools.partial(fused.gates, steps, gate)
@@ -182,14 +184,6 @@ def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
 
 def _raw(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
-
-
-def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager:
-    """Outside of autocast, which devices such as meta don't have."""
-    device = weight.device.type
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
 
 
 def _identify(weight: Tensor) -> tuple[int, int]:
@@ -255,10 +249,13 @@ def excite(
 def before_normalization(model: nn.Module) -> set[nn.Conv2d]:
     """The convolutions that a normalization follows in the order of modules, before any other layer with weights."""
     found, last = set(), None
+    gates = {part for module in model.modules() if isinstance(module, Gate) for part in module.modules()}
     for module in model.modules():
+        if module in gates:
+            continue
         if isinstance(module, nn.Conv2d):
             last = module
-        elif type(module).__name__.endswith(NORM_NAMES) or isinstance(module, NORM_TYPES):
+        elif isinstance(module, NORM_TYPES) or type(module).__name__.endswith(NORM_NAMES):
             found |= {last} - {None}
             last = None
         elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
@@ -285,7 +282,7 @@ def fold(model: nn.Module) -> nn.Module:
     for conv in list(folded.modules()):
         if isinstance(conv, Conv2d):
             weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
-            del conv.gate, conv.excited
+            del conv.gate
             for name in (
                 "excitation",
                 "formulation",
@@ -306,8 +303,8 @@ def fold(model: nn.Module) -> nn.Module:
 def excited_once(model: nn.Module) -> Iterator[None]:
     """Excite the weights once for all forward and backward passes inside the block: those of one optimizer step.
 
-    Inside, each excited convolution has its excited weight in the buffer ``excited``, a leaf that gathers the gradient
-    of every micro-batch, and that DataParallel copies to its replicas; ``weight`` stays the raw parameter. At the end,
+    Inside, each excited convolution has its excited weight in the attribute ``excited``, a leaf that gathers the
+    gradient of every micro-batch, also from DataParallel's replicas; ``weight`` stays the raw parameter. At the end,
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
     unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it. A weight that is
     replaced or written to inside is excited anew in each forward pass. After an exception nothing flows. The excited
@@ -322,16 +319,16 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     convs = [module for module in model.modules() if isinstance(module, Conv2d) and _can_be_excited_once(module)]
     weights = _excited_weights(model, convs)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
-    parameters = {id(tensor) for conv in convs for tensor in (conv.weight, *_gate_tensors(conv))}
+    parameters = {id(parameter) for conv in convs for parameter in conv.parameters() if parameter is not conv.bias}
     hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, parameters))
     try:
         for conv, leaf in zip(convs, leaves, strict=True):
-            conv._buffers["excited"], vars(conv)["source"] = leaf, _identify(conv.weight)
+            vars(conv).update(excited=leaf, source=_identify(conv.weight))
         yield
     finally:
         hook.remove()
         for conv, leaf in zip(convs, leaves, strict=True):
-            conv._buffers["excited"] = vars(conv)["source"] = None
+            vars(conv).update(excited=None, source=None)
             if leaf.requires_grad:
                 leaf.register_hook(_refuse_backward)
     used = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
@@ -349,7 +346,7 @@ def _excited_weights(model: nn.Module, convs: list[Conv2d]) -> list[Tensor]:
     """The excited weight of each of the model's layers: on a GPU all together, elsewhere one after another."""
     if are_stacked(convs):
         layers = [stacked.Layer(conv.steps, [conv.weight, *_gate_tensors(conv)]) for conv in convs]
-        with _full_precision(convs[0].weight):
+        with full_precision(convs[0].weight):
             return stacked.excite_weights(model, layers)
     return [_excite_in_place(conv) if _has_plain_gate(conv) else conv.excited_weight() for conv in convs]
 
@@ -364,7 +361,7 @@ def are_stacked(convs: list[Conv2d]) -> bool:
 
 def _excite_in_place(conv: Conv2d) -> Tensor:
     """The excited weight, in the memory of the last time; the gradient is overwritten in the backward pass."""
-    with _full_precision(conv.weight):
+    with full_precision(conv.weight):
         kept = _kept.setdefault(conv, {})
         return fused.excite_weight(_raw(conv.weight), conv.steps, _gate_tensors(conv), kept).to(conv.weight.dtype)
 
@@ -379,12 +376,11 @@ def _gate_tensors(conv: Conv2d) -> list[Tensor]:
 
 def _own_memory(grads: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients that may be overwritten: autograd gives several leaves the same one, or an expanded one."""
-    owners = Counter(grad.untyped_storage().data_ptr() for grad in grads)
+    storages = [grad.untyped_storage() for grad in grads]
+    owners = Counter(storage._cdata for storage in storages)
     return [
-        grad
-        if owners[grad.untyped_storage().data_ptr()] == 1 and grad.untyped_storage().nbytes() >= grad.nbytes
-        else grad.contiguous().clone()
-        for grad in grads
+        grad if owners[storage._cdata] == 1 and storage.nbytes() >= grad.nbytes else grad.contiguous().clone()
+        for grad, storage in zip(grads, storages, strict=True)
     ]
 
 
@@ -409,14 +405,16 @@ def _refuse_backward(grad: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def without_raw_weights(model: nn.Module) -> Iterator[None]:
-    """For what copies a model to other devices inside excited_once(), where these have no use for the raw weights."""
+def sent_excited(model: nn.Module) -> Iterator[None]:
+    """For what copies a model to other devices inside excited_once(): the excited weights go, and not the raw ones."""
     convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excited is not None]
     raw = [conv.weight for conv in convs]
     try:
         for conv in convs:
-            conv._parameters["weight"] = None
+            conv._parameters["weight"] = conv.excited
+            vars(conv)["excites"] = False  # nor do replicas excite them
         yield
     finally:
         for conv, weight in zip(convs, raw, strict=True):
             conv._parameters["weight"] = weight
+            vars(conv)["excites"] = True

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from . import fused
 from .excitation import Steps
-from .fused import Saved, dense_strides
+from .fused import Saved, dense_strides, full_precision
 
 BRANCHES = 8  # stacks that a graph works on at the same time
 
@@ -61,7 +61,7 @@ class _Excitation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        with torch.autocast(ctx.stacks[0].weight.device.type, enabled=False):
+        with full_precision(ctx.stacks[0].weight):
             return None, *ctx.plan.backward(ctx.stacks, grads)
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from models.layers import without_raw_weights
+from models.layers import sent_excited
 from utils.arguments import cores
 from utils.errors import BadInput
 
@@ -258,7 +258,7 @@ class _DataParallel(nn.DataParallel):
 
     def replicate(self, module: nn.Module, device_ids: list[int]) -> list[nn.Module]:
         if not self.is_fixed:
-            with without_raw_weights(module):
+            with sent_excited(module):
                 return super().replicate(module, device_ids)
         self.replicas = self.replicas or super().replicate(module, self.device_ids)
         return self.replicas[: len(device_ids)]
