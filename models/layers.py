@@ -26,6 +26,8 @@ FORMULATIONS = {
     "channel": {"mwe": ChannelGate, "lwe": activation_map},
     "paper": {"mwe": activation_map, "lwe": LocationGate},
 }
+# What a Conv2d has beside the gate, and a plain one lacks.
+ADDED = ("settings", "excitation", "formulation", "standardize", "mapped", "excites", "steps", "excited", "source")
 NORM_GROUPS = 32
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 NORM_NAMES = ("Norm", "Norm2d")  # how others name their own
@@ -283,16 +285,7 @@ def fold(model: nn.Module) -> nn.Module:
         if isinstance(conv, Conv2d):
             weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
             del conv.gate
-            for name in (
-                "excitation",
-                "formulation",
-                "standardize",
-                "mapped",
-                "excites",
-                "steps",
-                "settings",
-                "source",
-            ):
+            for name in ADDED:
                 delattr(conv, name)
             conv.__class__ = nn.Conv2d
             conv.weight = weight

@@ -92,6 +92,8 @@ def test_fold_gives_the_same_outputs_from_plain_layers(formulation):
     network = excite(torchvision.models.shufflenet_v2_x0_5(), formulation=formulation).eval()
     folded = fold(network)
     assert not any(isinstance(module, Conv2d) for module in folded.modules())
+    convs = [module for module in folded.modules() if isinstance(module, nn.Conv2d)]
+    assert all(vars(conv).keys() == vars(nn.Conv2d(1, 1, 1)).keys() for conv in convs)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(folded(x), network(x))
     plain = torchvision.models.shufflenet_v2_x0_5().eval()
