@@ -129,7 +129,7 @@ def replica_types(model: nn.Module, amp: str) -> list[torch.dtype]:
     seen = []
     network = Classifier(copy.deepcopy(model).to(DEVICE), amp, channels_last=False)
     for module in network.modules():
-        if isinstance(module, nn.Linear | nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm) or module is network.model.fc:
             module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     classify(distributed.over_devices(network, (2 if IS_GPU else 1) * [DEVICE]), batches(4, 32)[0], DEVICE)
     return seen
