@@ -42,12 +42,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("-d", "--data", **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
-    add(
-        "-j",
-        "--workers",
-        **NATURAL,
-        help="processes that load images, in all [8 for each GPU, at most one for each core]",
-    )
+    add("-j", "--workers", **NATURAL, help="processes that load images, in all [8 a GPU, at most one a core]")
     add("--image-size", **COUNT, default=224, help="pixels, the side of the network's input [%(default)s]")
     add("--skip-bad-images", **SWITCH, default=False, help="leave out images that can't be decoded [no]")
     add("--demo", action="store_true", help="draw ten classes of shapes, and train on them in about a minute")

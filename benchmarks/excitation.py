@@ -75,7 +75,7 @@ def plain_form() -> AbstractContextManager:
     """Excite by the plain form of the equations, differentiated by autograd, as public code does."""
 
     def excite(raw: Tensor, steps: Steps, layers: Sequence[Tensor]) -> Tensor:
-        return excitation.excite_weight(raw, steps, functools.partial(fused.gates, steps, layers))
+        return excitation.excite_weight(raw, steps, functools.partial(fused.plain_gates, steps, layers))
 
     return mock.patch.object(fused, "excite_weight", excite)
 

@@ -84,7 +84,7 @@ def _plain_backward(ctx, upstream: Tensor, raw: Tensor, layers: list[Tensor]) ->
     inputs, create_graph = (raw, *layers), torch.is_grad_enabled()
     needed = [index for index, needs in enumerate((ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])) if needs]
     with torch.enable_grad():
-        plain = excitation.excite_weight(raw, ctx.steps, functools.partial(gates, ctx.steps, layers))
+        plain = excitation.excite_weight(raw, ctx.steps, functools.partial(plain_gates, ctx.steps, layers))
         grads = torch.autograd.grad(plain, [inputs[index] for index in needed], upstream, create_graph=create_graph)
     found = dict(zip(needed, grads, strict=True))
     return found.get(0), None, None, *(found.get(index) for index in range(1, len(inputs)))
@@ -98,7 +98,7 @@ def full_precision(weight: Tensor) -> contextlib.AbstractContextManager:
     )
 
 
-def gates(steps: Steps, layers: Sequence[Tensor], statistic: Tensor) -> Tensor:
+def plain_gates(steps: Steps, layers: Sequence[Tensor], statistic: Tensor) -> Tensor:
     """The plain form's gates, by the tensors of their layers."""
     return GATES[steps.gate].gates(statistic, *layers)
 

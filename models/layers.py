@@ -27,7 +27,7 @@ FORMULATIONS = {
     "paper": {"mwe": activation_map, "lwe": LocationGate},
 }
 # What a Conv2d has beside the gate, and a plain one lacks.
-ADDED = ("settings", "excitation", "formulation", "standardize", "mapped", "excites", "steps", "excited", "source")
+ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "steps", "excited", "source")
 NORM_GROUPS = 32
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 NORM_NAMES = ("Norm", "Norm2d")  # how others name their own
@@ -55,7 +55,7 @@ class GroupNorm(nn.GroupNorm):
         if input.dtype == self.weight.dtype:
             return super().forward(input)
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        with torch.autocast(input.device.type, enabled=False):
+        with full_precision(input):
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
@@ -67,11 +67,11 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 class Settings(NamedTuple):
     """How a layer is excited: the arguments of :class:`Conv2d`."""
 
-    excitation: str = "we"
-    formulation: str = "channel"
-    standardize: bool = True
-    reduction: int = GATE_REDUCTION
-    margin: float = MAP_MARGIN
+    excitation: str
+    formulation: str
+    standardize: bool
+    reduction: int
+    margin: float
 
     def check(self) -> None:
         """Raise ValueError where one of them can't be."""
@@ -120,7 +120,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self._set_up(settings)
 
-    def _set_up(self, settings: "Settings") -> None:
+    def _set_up(self, settings: Settings) -> None:
         excitation, formulation, standardize, reduction, margin = settings
         if self.weight.is_complex():
             raise ValueError("complex weights can't be excited")
@@ -129,10 +129,9 @@ class Conv2d(nn.Conv2d):
         self.settings = settings
         self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
         halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
-        self.mapped = activation_map in halves
         self.excites = self.standardize or excitation != "none"
         kinds = [name for name, gate in GATES.items() if gate in halves]
-        self.steps = Steps(standardize, kinds[0] if kinds else None, margin if self.mapped else None)
+        self.steps = Steps(standardize, kinds[0] if kinds else None, margin if activation_map in halves else None)
         self.gate = None
         if kinds:
             shape = self.in_channels, self.out_channels, self.groups
@@ -141,6 +140,11 @@ class Conv2d(nn.Conv2d):
         # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of. It is no
         # parameter or buffer, so that copies, averages and wrappers see what they see outside.
         self.excited = self.source = None
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the activation map is the last step."""
+        return self.steps.margin is not None
 
     def excited_weight(self) -> Tensor:
         """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
@@ -151,8 +155,8 @@ class Conv2d(nn.Conv2d):
                 return self.excited.to(self.weight.device)
             if torch.compiler.is_compiling() or self.source == _identify(self.weight):
                 return self.excited
-        if self.gate is None or self.gate.is_plain():
-            return _excite(self.weight, self.steps, *([] if self.gate is None else self.gate.tensors()))
+        if _has_plain_gate(self):
+            return _excite(self.weight, self.steps, *_gate_tensors(self))
         with full_precision(self.weight):
             return excitation.excite_weight(_raw(self.weight), self.steps, self.gate).to(self.weight.dtype)
 
@@ -179,7 +183,7 @@ def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
     with full_precision(weight):
         # Compilers and functorch can't see into the fused form; the former fuses the plain one by itself.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            raw, gates = _raw(weight), functools.partial(fused.gates, steps, gate)
+            raw, gates = _raw(weight), functools.partial(fused.plain_gates, steps, gate)
             return excitation.excite_weight(raw, steps, gates).to(weight.dtype)
         return fused.excite_weight(_raw(weight), steps, gate).to(weight.dtype)
 
@@ -308,12 +312,12 @@ def excited_once(model: nn.Module) -> Iterator[None]:
         ValueError: the model is wrapped in what can't work with it.
         RuntimeError: an optimizer of these weights steps inside, or a backward pass comes after the end.
     """
-    _refuse_wrappers(model)
-    convs = [module for module in model.modules() if isinstance(module, Conv2d) and _can_be_excited_once(module)]
+    modules = list(model.modules())
+    _refuse_wrappers(modules)
+    convs = [module for module in modules if isinstance(module, Conv2d) and _can_be_excited_once(module)]
     weights = _excited_weights(model, convs)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
-    parameters = {id(parameter) for conv in convs for parameter in conv.parameters() if parameter is not conv.bias}
-    hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, parameters))
+    hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, convs))
     try:
         for conv, leaf in zip(convs, leaves, strict=True):
             vars(conv).update(excited=leaf, source=_identify(conv.weight))
@@ -377,17 +381,24 @@ def _own_memory(grads: tuple[Tensor, ...]) -> list[Tensor]:
     ]
 
 
-def _refuse_wrappers(model: nn.Module) -> None:
-    for module in model.modules():
-        names = {base.__name__ for base in type(module).__mro__} & {"FullyShardedDataParallel", "FSDPModule"}
+def _refuse_wrappers(modules: list[nn.Module]) -> None:
+    for module in modules:
+        names = [type(module).__name__] * _is_sharded(type(module))
         if isinstance(module, DistributedDataParallel):
-            names |= {f"{name}=True" for name in ("static_graph", "find_unused_parameters") if getattr(module, name)}
+            names += [f"{name}=True" for name in ("static_graph", "find_unused_parameters") if getattr(module, name)]
         if names:
             raise ValueError(f"excited_once() can't work with {', '.join(names)}: train without one of the two")
 
 
-def _refuse_step(parameters: set[int], optimizer: torch.optim.Optimizer, *arguments: object) -> None:
-    if any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
+@functools.cache
+def _is_sharded(kind: type) -> bool:
+    """Whether modules of this type are FSDP's, by name, as importing that takes a while."""
+    return not {"FullyShardedDataParallel", "FSDPModule"}.isdisjoint(base.__name__ for base in kind.__mro__)
+
+
+def _refuse_step(convs: list[Conv2d], optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    excited = {id(parameter) for conv in convs for parameter in conv.parameters() if parameter is not conv.bias}
+    if any(id(parameter) in excited for group in optimizer.param_groups for parameter in group["params"]):
         raise RuntimeError(
             "an optimizer steps inside excited_once(): gradients reach its weights at the end of the block"
         )

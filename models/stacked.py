@@ -82,10 +82,11 @@ class _Plan:
 
     def can_be_captured(self) -> bool:
         """Whether all is on one GPU, and no graph is captured yet, nor by the caller at this moment."""
+        if self.graphs is not None or torch.is_inference_mode_enabled():
+            return False
         devices = {tensor.device for layer in self.layers for tensor in layer.tensors}
         is_on_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-        is_free = self.graphs is None and not torch.is_inference_mode_enabled()
-        return is_on_gpu and is_free and not torch.cuda.is_current_stream_capturing()
+        return is_on_gpu and not torch.cuda.is_current_stream_capturing()
 
     @torch.no_grad()
     def capture(self) -> None:

@@ -49,7 +49,11 @@ class Stop:
     @property
     def is_requested(self) -> bool:
         """Whether a signal came to this process, or torchrun is gone."""
-        return bool(self.number) or distributed.is_orphan()
+        return self._requested() > 0
+
+    def _requested(self) -> int:
+        """The signal's number; 0 without one."""
+        return self.number or (signal.SIGHUP if distributed.is_orphan() else 0)
 
     def check(self, is_requested: bool) -> None:
         """Between two steps, in all processes after the same one.
@@ -61,7 +65,7 @@ class Stop:
             Stopped: it has.
         """
         if is_requested:
-            raise Stopped(distributed.largest(self.number or (signal.SIGHUP if distributed.is_orphan() else 0)))
+            raise Stopped(distributed.largest(self._requested()))
 
 
 def ignore_in_worker() -> None:
