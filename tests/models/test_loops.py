@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 
+import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -519,6 +520,15 @@ def test_norms_are_fused_into_a_folded_network(formulation):
     (model := network(formulation))(batch := images())
     folded = fold(model.eval())
     same([nn.utils.fusion.fuse_conv_bn_eval(*folded[:2])(batch)], [twin(model)[:2](batch)])
+
+
+@BOTH
+def test_onnx_takes_a_folded_network(formulation, tmp_path):
+    model, batch = network(formulation).float().eval(), images().float()
+    torch.onnx.export(fold(model), (batch,), tmp_path / "folded.onnx", input_names=["images"], dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "folded.onnx", providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {"images": batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), model(batch), rtol=0, atol=1e-5)
 
 
 @BOTH
