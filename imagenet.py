@@ -7,6 +7,8 @@ python imagenet.py -e --resume RUN                       evaluate
 torchrun --nproc-per-node 4 imagenet.py ...              the same, in several processes
 """
 
+import utils.start  # isort: skip  # noqa: F401
+
 import argparse
 import io
 import math

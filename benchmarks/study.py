@@ -19,7 +19,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
 from scipy import stats
 
 import imagenet
@@ -29,7 +28,8 @@ from utils.arguments import Parser, flag, number, path
 from utils.checkpoint import LAST, versions
 from utils.data import TRAIN, VAL, ImageFolder, end_workers
 from utils.errors import BadInput, NotFinite, RunFailed
-from utils.files import render, write_atomically
+from utils.figures import Figure, render
+from utils.files import write_atomically
 from utils.logger import LOG, read_log
 
 # What a CPU can do in some hours, for Fashion-MNIST; words after -- override it.

@@ -34,10 +34,10 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 
 
 def path(text: str) -> str:
-    """An argparse type: a path; the empty one of an unset shell variable is refused."""
+    """An argparse type: a path, ~ being home; the empty one of an unset shell variable is refused."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError("the path is empty" if not text else "no path has a null character")
-    return text
+    return os.path.expanduser(text)  # the shell leaves the ~ of --data=~/images to us
 
 
 def flag(name: str) -> str:

@@ -6,8 +6,8 @@ within each class, and all are drawn alike for every class, so colour alone tell
 
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +30,8 @@ def draw_demo(folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    aside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    aside.mkdir()
     try:
         for split_index, (split, count) in enumerate(IMAGES.items()):
             for class_index, name in enumerate(CLASSES):
@@ -40,7 +41,6 @@ def draw_demo(folder: str | Path) -> None:
                     rng = np.random.default_rng([split_index, class_index, index])
                     quality = int(rng.integers(70, 96))
                     draw(name, rng).save(target / f"{index:04d}.jpg", quality=quality)
-        aside.chmod(0o755)
         os.rename(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -2,12 +2,9 @@
 
 import contextlib
 import errno
-import io
 import os
-import tempfile
+import secrets
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from utils.errors import BadInput
 
@@ -23,15 +20,12 @@ def write_atomically(path: str | Path, contents: bytes | memoryview, previous: P
         OSError: the folder is full or can't be written; ``path`` is as it was, or already whole and new.
     """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(contents)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; a run's are like any other
         if previous is not None:
             with contextlib.suppress(OSError):  # a file system without hard links has to do without
                 previous.unlink(missing_ok=True)
@@ -83,10 +77,3 @@ def write_output(flag: str, path: str | Path, contents: bytes | memoryview) -> N
         write_atomically(path, contents)
     except OSError as error:
         raise BadInput(f"{flag}: can't write {path}: {error.strerror}") from error
-
-
-def render(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
-    """The contents of a picture's file."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=dpi)
-    return stream.getvalue()

@@ -3,6 +3,8 @@
 python -m utils.logger RUN [RUN ...] --out FILE.png
 """
 
+import utils.start  # isort: skip  # noqa: F401
+
 import contextlib
 import itertools
 import math
@@ -13,15 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from utils import command
 from utils.arguments import Parser, path
 from utils.errors import BadInput
-from utils.files import refuse_existing, render, write_output
+from utils.figures import Axes, Figure, Line2D, colormaps, render
+from utils.files import refuse_existing, write_output
 from utils.meters import Scores
 
 LOG, CURVES = "log.txt", "log.png"

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from utils.files import render
+from utils.figures import Axes, Figure, render
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
 AXIS_NAMES = 25  # layers that an axis has room to name

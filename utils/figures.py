@@ -1,0 +1,24 @@
+"""matplotlib's figures and their files, whatever backend the environment names: none is ever used here."""
+
+# ruff: noqa: E402
+import io
+import os
+
+backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed: the import would fail
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+
+__all__ = ["Axes", "Figure", "Line2D", "colormaps", "render"]
+
+
+def render(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
+    """The contents of a picture's file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, dpi=dpi)
+    return stream.getvalue()
