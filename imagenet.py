@@ -294,7 +294,8 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
 def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     """One optimizer step over ``iter_size`` micro-batches; raises as :meth:`Run.read` does."""
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
-    with excited_once(network):  # the weights are excited here, once for all micro-batches
+    # The weights are excited here, once for all micro-batches.
+    with checkpoint.undone_if_stopped(run.model, args.iter_size), excited_once(network):
         for index, batch in enumerate(micro_batches, 1):
             # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
             with distributed.reduce_if(index == args.iter_size, network):

@@ -1,5 +1,6 @@
 """A run goes on from any moment, however it ended, and a folder's run is never lost."""
 
+import contextlib
 import errno
 import io
 import math
@@ -19,12 +20,23 @@ import pytest
 import torch
 
 import imagenet
-from tests.helpers import EXCITED, PATIENCE, assert_same_run, checkpoint, contents, run_command, started, wait_until
-from utils import run_folder
+from tests.helpers import (
+    EXCITED,
+    PATIENCE,
+    SMALL,
+    assert_same_run,
+    checkpoint,
+    contents,
+    run_command,
+    started,
+    wait_until,
+)
+from utils import data, run_folder
 from utils.checkpoint import BEST, LAST, PREVIOUS
 from utils.command import Output
 from utils.files import write_atomically
 from utils.logger import read_log
+from utils.signals import waiting
 
 RANDOM = random.Random(0)
 THOROUGH = [*EXCITED, "--schedule", 1, "--drop", 0.3]
@@ -66,6 +78,42 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert resumed.status == 0
     assert f"{epoch} epochs and {saved['step']} steps done" in resumed.out
     assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize("wait", [1, 3, 5, 9])  # of 2 steps of three micro-batches, and 3 batches of validation
+def test_stopped_while_it_waits_for_a_batch(command, images, tmp_path, monkeypatch, wait):
+    """What a step had done by then, to BatchNorm's statistics and dropout's random numbers too, is undone."""
+    words = [*SMALL, "--schedule", 1, "--drop", 0.3, "--train-batch", 2, "--iter-size", 3, "-d", images, "--epochs", 2]
+    words += ["--excitation", "we", "--formulation", "paper"]
+    assert command(*words, "-c", tmp_path / "whole").status == 0
+    waits = iter(range(1, 10**6))
+
+    @contextlib.contextmanager
+    def stopped_waiting():
+        with waiting():
+            if next(waits) == wait:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield
+
+    monkeypatch.setattr(data, "waiting", stopped_waiting)
+    run = tmp_path / "parts"
+    assert command(*words, "-j", 1, "-c", run).status == 143
+    epoch, step = (0, min((wait - 1) // 3, 2))
+    assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (epoch, step)
+    assert command("--resume", run).status == 0
+    assert_same_run(tmp_path / "whole", run)
+
+
+def test_stopped_while_the_workers_are_stuck(images, tmp_path):
+    words = [*EXCITED, "-d", images, "-c", tmp_path / "run", "--epochs", 10**6, "--save-freq", 1, "-j", 1]
+    with started(*words) as process:
+        wait_until((tmp_path / "run" / LAST).exists, process)
+        for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(worker), signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143, err
+    assert "Stopped by SIGTERM" in out
 
 
 # --- kills

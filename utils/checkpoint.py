@@ -22,11 +22,13 @@ Loaded, it also has its ``file``. What another trainer's file lacks is filled in
 ``missing``, which is empty for our own.
 """
 
+import contextlib
 import io
 import math
 import os
 import platform
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ import torchvision
 from utils.errors import BadInput, NotFinite
 from utils.logger import COLUMNS
 from utils.meters import Scores
+from utils.signals import Stopped
 
 FORMAT = 1
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -323,9 +326,7 @@ def load_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
     if saved["missing"]:
         return
     try:
-        torch.set_rng_state(saved["rng"]["cpu"])
-        for index, state in enumerate(saved["rng"]["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, index)
+        set_random_state(saved["rng"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:  # what torch raises for other values
         raise _damaged(saved["file"], "its random state doesn't fit the run") from error
 
@@ -334,3 +335,26 @@ def random_state() -> dict:
     """The states of torch's global random generators, which dropout draws from; data has generators of its own."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict) -> None:
+    """Go on from a :func:`random_state`, on the GPUs that are there."""
+    torch.set_rng_state(state["cpu"])
+    for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda, index)
+
+
+@contextlib.contextmanager
+def undone_if_stopped(model: torch.nn.Module, micro_batches: int) -> Iterator[None]:
+    """Where a signal ends the run in the middle of a step, make random state and buffers what they were before it."""
+    if micro_batches == 1:  # nothing is done before the only wait
+        yield
+        return
+    state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    except Stopped:
+        set_random_state(state)
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        raise

@@ -1,6 +1,7 @@
 """How a command ends: its exit status, and one line for what went wrong."""
 
 import contextlib
+import errno
 import gc
 import os
 import signal
@@ -39,6 +40,7 @@ def script(main: Callable[[list[str]], int], name: str) -> None:
     # Line by line, so that a log file is up to date; a path that is no valid text can be printed.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.unraisablehook = lambda error: None  # of what a failure leaves half-made: one line says enough
     if distributed.RANK > 0:  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = run(main, sys.argv[1:], name)
@@ -69,13 +71,22 @@ def explain(error: Exception) -> tuple[int, str]:
         return error.status, str(error)
     # Torch raises the first wherever the main process is at that moment; the second is a broken connection.
     if isinstance(error, RuntimeError | OSError | EOFError) and has_lost_worker():
-        return 1, "a process that loads images died; out of memory? Lower --workers"
+        return 1, (
+            "a process that loads images died: if memory ran out, lower --workers; if shared memory did, as in a "
+            "container, raise it by --shm-size or --ipc=host"
+        )
+    if os.strerror(errno.EMFILE) in str(error):  # for which torch has its own words
+        return 1, "too many open files: lower --workers, or raise ulimit -n"
     if isinstance(error, OSError):
         # Of an error in a process that loads images, the last line is the error and those before it its traceback.
         return 1, (str(error).splitlines() or [type(error).__name__])[-1]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    # The CPU's allocator raises no type of its own.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         text = str(error).partition("\n")[0]
-        return 1, f"out of memory: lower --train-batch and raise --iter-size by as much, or lower --image-size: {text}"
+        return 1, (
+            "out of memory: lower --train-batch (and raise --iter-size by as much), --test-batch, --workers or "
+            f"--image-size: {text}"
+        )
     if distributed.has_lost_another(error):
         return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
     raise error

@@ -8,6 +8,7 @@ import hashlib
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.queues
 import multiprocessing.resource_tracker
 import os
 import random
@@ -30,7 +31,7 @@ from utils import distributed
 from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
 from utils.images import decode, random_resized_crop, resized_center_crop
-from utils.signals import held, ignore_in_worker
+from utils.signals import held, ignore_in_worker, waiting
 
 # ImageNet's, of pixels in 0..1
 MEAN = (0.485, 0.456, 0.406)
@@ -38,6 +39,7 @@ STD = (0.229, 0.224, 0.225)
 
 DOT = ord(".")
 EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
+PREFETCHED = 2  # batches of a worker
 REPLACEMENTS = 100  # images in a row that may be bad
 # What is the machine's fault and not the image's: an image must not be left out for it.
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
@@ -57,7 +59,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Images, uint8 (N, 3, size, size), and their classes, (N,); how many could not be decoded, and why."""
 
-    images: Tensor
+    images: Tensor | None  # None: the batch could not be handed over
     targets: Tensor
     bad: int
     reasons: list[str]
@@ -222,6 +224,7 @@ class Data:
         if not args.evaluate:
             self._check_steps(saved)
         self.val_batches = math.ceil(len(self.folders[VAL]) / args.test_batch)
+        warn_of_shared_memory(args)
 
     def _check_steps(self, saved: dict | None) -> None:
         """Say what an optimizer step is; refuse an epoch without one, and another shuffle in the middle of an epoch."""
@@ -297,6 +300,7 @@ class Data:
             _Folders(self.folders),
             batch_sampler=map(distributed.share, keys),
             num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
             multiprocessing_context=context if workers else None,
             collate_fn=_collate,
             pin_memory=is_gpu,
@@ -309,10 +313,17 @@ class Data:
         _workers.extend(worker for worker in multiprocessing.active_children() if worker not in others)
         while True:
             start = time.monotonic()
-            batch = next(batches, None)
+            with waiting() if workers else contextlib.nullcontext():
+                batch = next(batches, None)
             self.waited += time.monotonic() - start
             if batch is None:
                 return
+            if batch.images is None:
+                raise RunFailed(
+                    f"a process that loads images can't hand over a batch ({batch.reasons[0]}): load in the main "
+                    "process by -j 0, or give a container more shared memory by --shm-size or --ipc=host, or raise "
+                    "ulimit -n, or set TMPDIR to a shorter path; the last checkpoint, if there is one, stands"
+                )
             if batch.bad and not self.args.skip_bad_images:
                 raise RunFailed(
                     f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, then start again or "
@@ -322,6 +333,22 @@ class Data:
                 print(f"\nLeft out: {reason}", file=sys.stderr)
             named.update(batch.reasons)
             yield batch._replace(targets=torch.tensor(batch.targets))
+
+
+def warn_of_shared_memory(args: argparse.Namespace) -> None:
+    """Say so where the batches that the workers hold may not fit into the memory that they are handed over in."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    status = os.statvfs("/dev/shm")
+    free = status.f_bavail * status.f_frsize
+    workers = math.ceil(args.workers / distributed.PROCESSES) * distributed.LOCAL_PROCESSES
+    images = max(0 if args.evaluate else args.train_batch, args.test_batch) / distributed.PROCESSES
+    needed = workers * PREFETCHED * images * 3 * args.image_size**2
+    if needed > free:
+        print(
+            f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for {workers} workers may take "
+            f"{needed / 2**20:.0f}: give a container more by --shm-size or --ipc=host, or lower --workers"
+        )
 
 
 class _Folders(Dataset):
@@ -351,8 +378,18 @@ _workers: list[multiprocessing.Process] = []  # those that load images for this 
 def _start_worker(worker: int) -> None:
     """Workers end with the main process, without a word."""
     sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
+    multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error
     ignore_in_worker()
     threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _hand_over_error(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Batch]) -> None:
+    """Send the reason where a batch can't be sent, as multiprocessing only prints it, and the main process would wait.
+
+    Memory to share is scarce in containers, and the name of a socket may be too long.
+    """
+    number, _ = item
+    queue.put((number, Batch(None, [], 0, [f"{type(error).__name__}: {error}"])))
 
 
 def _end_with_main_process() -> None:

@@ -20,19 +20,23 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Inside ``with``, remembers a signal until :meth:`check`; a second one ends the process at once."""
+    """Inside ``with``, remembers a signal until :meth:`check` or :func:`waiting`; a second one ends the process."""
+
+    active: "Stop | None" = None  # the one that signals go to
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.is_waiting = 0, False
 
     def __enter__(self) -> "Stop":
         self.before = {number: signal.getsignal(number) for number in ENDING}
         for number, handler in self.before.items():
             if handler != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._handle)
+        Stop.active = self
         return self
 
     def __exit__(self, *error: object) -> None:
+        Stop.active = None
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -42,6 +46,8 @@ class Stop:
         if self.number:
             os._exit(128 + number)
         self.number = number
+        if self.is_waiting:
+            raise Stopped(number)
         hint = b"" if distributed.UNDER_TORCHRUN else b"; a second signal stops at once"
         # print() isn't allowed here: the signal may have come in the middle of another print.
         os.write(2, b"\nFinishing the optimizer step, then saving" + hint + b"\n")
@@ -66,6 +72,26 @@ class Stop:
         """
         if is_requested:
             raise Stopped(distributed.largest(self._requested()))
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Around a wait for what may never come: a signal ends it, unless other processes count on this one's step.
+
+    Raises:
+        Stopped: by a signal that came before or meanwhile.
+    """
+    stop = Stop.active
+    if stop is None or distributed.PROCESSES > 1:
+        yield
+        return
+    stop.is_waiting = True
+    try:
+        if stop.number:
+            raise Stopped(stop.number)
+        yield
+    finally:
+        stop.is_waiting = False
 
 
 def ignore_in_worker() -> None:
