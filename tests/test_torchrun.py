@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import EXCITED, PATIENCE, SMALL, checkpoint, draw_folder, started, wait_until
+from tests.helpers import EXCITED, PATIENCE, SMALL, assert_same_run, checkpoint, draw_folder, started, wait_until
 from utils.checkpoint import LAST
 from utils.logger import read_log
 
@@ -254,3 +254,22 @@ def test_each_gradient_is_reduced_once():
     """In a step of one micro-batch, and of eight."""
     (one, size), (eight, _) = (map(int, line.split()) for line in several(2, "bytes", 1, 8).splitlines())
     assert one == eight == size
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_restart_goes_on_and_overwrites_nothing(command, images, tmp_path, overwrite):
+    words = [*EXCITED, "-d", images, "--epochs", 40, "--save-freq", 1, *["--overwrite"] * overwrite]
+    options = ("--standalone", "--max-restarts", "1")
+    with torchrun(2, "as-it-is", *words, "-c", tmp_path / "run", options=options) as process:
+        wait_until((tmp_path / "run" / LAST).exists, process)
+        os.kill(max(left(tmp_path / "run") & of_session(process.pid)), signal.SIGKILL)
+        ended = finish(process)
+    if overwrite:
+        assert ended.status != 0
+        assert "already holds a run: go on with it by --resume" in ended.ours[-1]
+        assert (checkpoint(tmp_path / "run")["epoch"], checkpoint(tmp_path / "run")["step"]) != (0, 0)
+        return
+    assert ended.status == 0, ended.err
+    assert "Going on from" in ended.out
+    several(2, "as-it-is", *words, "-c", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")

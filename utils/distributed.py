@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from datetime import timedelta
@@ -25,6 +26,7 @@ RANK, LOCAL_RANK, LOCAL_PROCESSES = (
     int(os.environ.get(name) or value) if PROCESSES > 1 else value
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun's --max-restarts
 PARENT = os.getppid()
 TIMEOUT = timedelta(minutes=10)  # of waiting for another process, which may be saving
 
@@ -101,14 +103,21 @@ def describe(devices: list[torch.device]) -> str:
 
 
 def command(words: list[str]) -> str:
-    """A command of this script to paste: by torchrun, or by this interpreter where it lies below the current folder."""
+    """A command of this script to paste, by this interpreter or its torchrun, as short as they can be named."""
     python = Path(sys.executable)
-    start = [str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"]
+    start = [_shortest(python)]
     if UNDER_TORCHRUN:
         machines = PROCESSES // LOCAL_PROCESSES
         several = ["--nnodes", str(machines)] if machines > 1 else []
-        start = ["torchrun", *several, "--nproc-per-node", str(LOCAL_PROCESSES)]
+        start = [_shortest(python.with_name("torchrun")), *several, "--nproc-per-node", str(LOCAL_PROCESSES)]
     return shlex.join([*start, sys.argv[0], *words])
+
+
+def _shortest(program: Path) -> str:
+    """How a shell in the current folder finds it: by name, below the folder, or by its whole path."""
+    if shutil.which(program.name) == str(program):
+        return program.name
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 def join(args: argparse.Namespace) -> list[torch.device]:
@@ -143,7 +152,10 @@ def join_others(device: torch.device) -> None:
     Raises:
         BadInput: only some have a GPU.
     """
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo", timeout=TIMEOUT)
+    # Over a restart, torchrun keeps its store, with the addresses of the processes that are gone.
+    store = dist.PrefixStore(f"restart {RESTARTS}", next(dist.rendezvous("env://", RANK, PROCESSES))[0])
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=TIMEOUT)
     check_same(device.type)  # by gloo, before one waits for another in NCCL
 
 
@@ -177,14 +189,14 @@ def is_first_to_fail() -> bool:
     with contextlib.suppress(dist.DistError):  # torchrun is gone, and with it the store that it keeps
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"imagenet.py/failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+        return store.add(f"imagenet.py/failed/{RESTARTS}", 1) == 1
     return True
 
 
 def has_lost_another(error: Exception) -> bool:
     """Whether the error comes from a connection to a process that is gone."""
-    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)  # which has no type of error of its own
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and is_gloo)
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # which has no type of its own
+    return PROCESSES > 1 and (isinstance(error, dist.DistError) or is_gloo)
 
 
 def total(values: Tensor) -> Tensor:

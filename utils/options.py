@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from utils import checkpoint, distributed, pictures
 from utils.arguments import Parser, flag
+from utils.checkpoint import LAST
 from utils.errors import BadInput, RunFailed
 from utils.files import refuse_existing
 
@@ -30,6 +31,8 @@ DEMO = {
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
 ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch", "visualize")
+# Options that say where a run begins.
+BEGINNING = ("pretrained", "start_epoch")
 # Options that may differ between the processes of a run.
 OWN = ("checkpoint", "data", "gpu_id", "resume", "workers")
 
@@ -49,11 +52,13 @@ def resolve(
     not_given = object()
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, not_given))))
     given = {name: value for name, value in given.items() if value is not not_given}
-    saved = checkpoint.find(given["resume"]) if "resume" in given else None
     demo = DEMO if "demo" in given else {}
+    if distributed.RESTARTS:
+        given = of_restart(given, folder_of(defaults | demo | given))
+    saved = checkpoint.find(given["resume"]) if "resume" in given else None
     run = of_checkpoint(parser, saved) if saved else {}
     args = argparse.Namespace(**defaults | demo | run | given)
-    args.checkpoint = args.checkpoint or f"checkpoints/imagenet/{args.arch}"
+    args.checkpoint = folder_of(vars(args))
     if args.excitation is None and args.arch in excited:
         args.excitation = "we"
     if saved:
@@ -67,6 +72,18 @@ def resolve(
     check_training(args)
     check_network(args, excited, architectures)
     return args, saved
+
+
+def folder_of(options: dict) -> str:
+    """The folder that a run is written to."""
+    return options["checkpoint"] or f"checkpoints/imagenet/{options['arch']}"
+
+
+def of_restart(given: dict, folder: str) -> dict:
+    """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
+    if "resume" not in given and "overwrite" not in given and os.path.exists(os.path.join(folder, LAST)):
+        given = {name: value for name, value in given.items() if name not in BEGINNING} | {"resume": folder}
+    return given | {"overwrite": False}
 
 
 def refuse(is_wrong: bool, text: str) -> None:
@@ -126,6 +143,9 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     if saved["step"] and not (args.evaluate or args.export or args.visualize):
         # The shuffle and the groups must go on as they were.
         fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
+    has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
+    is_elsewhere = not has_data and not os.path.isdir(args.data)
+    refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
     for name, where in fixed.items():
         old = saved["options"].get(name)
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")

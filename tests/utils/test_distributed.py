@@ -60,11 +60,20 @@ def test_the_parts_of_a_batch_are_the_batch(monkeypatch, processes):
 
 
 def test_commands_to_paste(machine, monkeypatch, tmp_path):
+    (here := tmp_path / "here").mkdir()
+    for name in ("python", "torchrun"):
+        program = here / ".venv" / "bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.touch(0o755)
     monkeypatch.setattr(sys, "argv", ["a folder/imagenet.py"])
-    monkeypatch.chdir(tmp_path)
-    assert command(["--resume=x y"]) == "python 'a folder/imagenet.py' '--resume=x y'"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
-    assert command([]) == ".venv/bin/python 'a folder/imagenet.py'"
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.chdir(here)
+    assert command(["--resume=x y"]) == ".venv/bin/python 'a folder/imagenet.py' '--resume=x y'"
+    (there := tmp_path / "there").mkdir()
+    monkeypatch.chdir(there)
+    assert command([]) == f"{program.with_name('python')} 'a folder/imagenet.py'"
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert command([]) == "python 'a folder/imagenet.py'"
     machine(0, 4)
     monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
     assert command([]) == "torchrun --nproc-per-node 4 'a folder/imagenet.py'"
