@@ -3,7 +3,6 @@
 import argparse
 import bisect
 import contextlib
-import errno
 import hashlib
 import math
 import multiprocessing
@@ -29,7 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils import distributed
 from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
-from utils.images import decode, random_resized_crop, resized_center_crop
+from utils.images import BadImage, decode, ignore_warnings, random_resized_crop, read, resized_center_crop
 from utils.signals import held, ignore_in_worker
 
 # ImageNet's, of pixels in 0..1
@@ -39,8 +38,6 @@ STD = (0.229, 0.224, 0.225)
 DOT = ord(".")
 EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
 REPLACEMENTS = 100  # images in a row that may be bad
-# What is the machine's fault and not the image's: an image must not be left out for it.
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 TRAIN, VAL = "train", "val"
 
 Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
@@ -52,6 +49,7 @@ class Sample(NamedTuple):
     pixels: Tensor | None  # None: none could be
     target: int
     reasons: list[str]
+    failure: str | None = None  # of the machine, which is no fault of an image
 
 
 class Batch(NamedTuple):
@@ -61,6 +59,7 @@ class Batch(NamedTuple):
     targets: Tensor
     bad: int
     reasons: list[str]
+    failure: str | None = None  # of the machine, which ends the run
 
 
 class ImageFolder(Dataset):
@@ -108,13 +107,16 @@ class ImageFolder(Dataset):
         epoch, index = key
         reasons = []
         for candidate in self._candidates(epoch, index):
+            path = self.path(candidate)
             try:
-                image = decode(self.path(candidate))
+                image = decode(read(path))
+            except MemoryError:
+                raise
             except Exception as error:  # decoders raise nearly every type there is; raised on, it would lose the name
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
-                    raise
-                text = " ".join(f"{self.path(candidate)} ({type(error).__name__}: {error})".splitlines())
-                reasons.append(f"can't decode the image {text}")
+                if isinstance(error, OSError) and error.errno is not None:  # the system's; decoders set none
+                    return Sample(None, -1, reasons, f"can't read the image {path}: {error.strerror}")
+                kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
+                reasons.append(" ".join(f"can't decode the image {path} ({kind}{error})".splitlines()))
                 continue
             if self.seed is None:
                 pixels = resized_center_crop(image, self.size)
@@ -284,8 +286,9 @@ class Data:
         """This process's part of each batch.
 
         Raises:
-            RunFailed: names an image that can't be decoded and says how to go on; with --skip-bad-images, which names
-                such images once and goes on without them, only where nothing can replace one.
+            RunFailed: names an image that can't be read, or one that can't be decoded, and says how to go on; with
+                --skip-bad-images, which names those that can't be decoded once and goes on without them, only where
+                nothing can replace one.
         """
         workers, is_gpu = math.ceil(self.args.workers / distributed.PROCESSES), self.device.type == "cuda"
         # A fork would have the locks of CUDA's and NCCL's threads, and nobody to open them.
@@ -304,6 +307,7 @@ class Data:
             generator=torch.Generator(),  # otherwise each pass draws a number from the global one
         )
         others, named = multiprocessing.active_children(), set()
+        ignore_warnings()
         with held():
             batches = iter(loader)
         _workers.extend(worker for worker in multiprocessing.active_children() if worker not in others)
@@ -313,11 +317,11 @@ class Data:
             self.waited += time.monotonic() - start
             if batch is None:
                 return
+            go_on = "then start again or --resume; the last checkpoint, if there is one, stands"
+            if batch.failure:
+                raise RunFailed(f"{batch.failure}; mend that, {go_on}")
             if batch.bad and not self.args.skip_bad_images:
-                raise RunFailed(
-                    f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, then start again or "
-                    "--resume; the last checkpoint, if there is one, stands"
-                )
+                raise RunFailed(f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, {go_on}")
             for reason in sorted(set(batch.reasons) - named):
                 print(f"\nLeft out: {reason}", file=sys.stderr)
             named.update(batch.reasons)
@@ -342,7 +346,9 @@ def _collate(samples: list[Sample]) -> Batch:
     images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
     targets = [sample.target for sample in good]
     bad = sum(len(sample.reasons) > 0 for sample in samples)
-    return Batch(images.permute(0, 3, 1, 2), targets, bad, [reason for sample in samples for reason in sample.reasons])
+    reasons = [reason for sample in samples for reason in sample.reasons]
+    failure = next((sample.failure for sample in samples if sample.failure), None)
+    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure)
 
 
 _workers: list[multiprocessing.Process] = []  # those that load images for this process
@@ -352,6 +358,7 @@ def _start_worker(worker: int) -> None:
     """Workers end with the main process, without a word."""
     sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
     ignore_in_worker()
+    ignore_warnings()
     threading.Thread(target=_end_with_main_process, daemon=True).start()
 
 

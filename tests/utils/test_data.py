@@ -1,8 +1,12 @@
 """Listing, cropping and the order of images; that data never touches the global random state."""
 
+import errno
+import io
 import math
+import os
 import random
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,8 +15,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import imagenet
+from tests.formats import FORMATS
 from tests.helpers import draw_folder
 from utils.data import TRAIN, VAL, Data, ImageFolder, end_workers, shuffle
+from utils.errors import RunFailed
 from utils.images import random_resized_crop
 
 
@@ -25,11 +31,13 @@ def data(folder: Path, *words) -> Data:
 def batches(source: Data, epoch: int, step: int) -> list[torch.Tensor]:
     """The images of a run from there on, and the classes last of all."""
     found = []
-    for number in range(epoch, 2):
-        for micro_batches in source.training(number, step if number == epoch else 0):
-            found += micro_batches
-        found += source.validation()
-    end_workers()
+    try:
+        for number in range(epoch, 2):
+            for micro_batches in source.training(number, step if number == epoch else 0):
+                found += micro_batches
+            found += source.validation()
+    finally:
+        end_workers()
     return [batch.images for batch in found] + [torch.cat([batch.targets for batch in found])]
 
 
@@ -128,3 +136,78 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_of_the_order(tmp_path):
     replaced = dataset[1, order[-2]]
     assert [str(path) in reason for path, reason in zip(bad, replaced.reasons, strict=True)] == [True, True]
     assert (replaced.target, dataset[1, order[0]].reasons) == (dataset.target(order[0]), [])
+
+
+def fail(monkeypatch, place: str, number: int, path: str) -> None:
+    """Let the machine lose a file that was listed: at ``stat``, ``open`` or ``read``, or ``gone`` altogether."""
+    error = OSError(number, os.strerror(number))
+    owner, name = (os, "stat") if place == "stat" else (Path, "open")
+    real = getattr(owner, name)
+
+    def failing(file, *rest, **named):
+        if str(file) != path:
+            return real(file, *rest, **named)
+        if place != "read":
+            raise error
+        stream = io.BytesIO()
+        stream.readinto = Mock(side_effect=error)
+        return stream
+
+    if place == "gone":
+        Path(path).unlink()
+    else:
+        monkeypatch.setattr(owner, name, failing)
+
+
+FAILURES = [(place, number) for place in ("stat", "open", "read") for number in (errno.ESTALE, errno.EIO)]
+FAILURES += [("open", errno.EMFILE), ("open", errno.EACCES), ("gone", errno.ENOENT)]
+
+
+@pytest.mark.parametrize("skip", ["--skip-bad-images", "--no-skip-bad-images"])
+@pytest.mark.parametrize("workers, split", [(0, TRAIN), (0, VAL), (1, TRAIN), (1, VAL)])
+@pytest.mark.parametrize("place, number", FAILURES)
+def test_a_failure_of_the_machine_is_never_a_bad_image(tmp_path, monkeypatch, place, number, workers, split, skip):
+    draw_folder(tmp_path, {"train": 4, "val": 1})
+    source = data(tmp_path, skip, "-j", workers)
+    path = source.folders[split].path(1)
+    fail(monkeypatch, place, number, path)
+    with pytest.raises(RunFailed, match=f"can't read the image {path}: {os.strerror(number)}; mend that"):
+        batches(source, 0, 0)
+
+
+def test_nor_is_one_while_it_decodes(images, monkeypatch):
+    """Pillow imports most of its decoders when it first needs them."""
+    dataset = ImageFolder(images / "train", 32, seed=0, skip_bad=True)
+    monkeypatch.setattr("utils.data.decode", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    assert dataset[0, 0].failure == f"can't read the image {dataset.path(0)}: Too many open files"
+    monkeypatch.setattr("utils.data.decode", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        dataset[0, 0]
+
+
+def test_a_bad_file_says_what_it_is(tmp_path):
+    folder = draw_folder(tmp_path, {"val": 1}, ("ring",)) / "val" / "ring"
+    for name, content in (("1.jpg", b""), ("2.jpg", b"text")):
+        (folder / name).write_bytes(content)
+    (folder / "3.jpg").mkdir()
+    os.mkfifo(folder / "4.jpg")
+    (folder / "5.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "6.jpg").touch()
+    dataset = ImageFolder(tmp_path / "val", 32)
+    (folder / "6.jpg").unlink()
+    reasons = ["it is empty", "it has no image format that is known", "it is a folder", "it is no regular file"]
+    for index, reason in enumerate(reasons, 1):
+        assert dataset[0, index].reasons == [f"can't decode the image {folder}/{index}.jpg ({reason})"]
+    for index, failure in {5: "it is a link to nothing", 6: "No such file or directory"}.items():
+        assert dataset[0, index].failure == f"can't read the image {folder}/{index}.jpg: {failure}"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_of_a_library_makes_no_bad_image(tmp_path, monkeypatch):
+    """As under PYTHONWARNINGS=error."""
+    draw_folder(tmp_path, {"val": 1})
+    (tmp_path / "val" / "ring" / "1.png").write_bytes(FORMATS["transparent.png"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 150 - 1)
+    for workers in (0, 1):
+        assert [batch.reasons for batch in data(tmp_path, "-e", "-j", workers).validation()] == [[], []]
+        end_workers()
