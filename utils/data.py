@@ -14,8 +14,9 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 DOT = ord(".")
-EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
+EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe"))
 REPLACEMENTS = 100  # images in a row that may be bad
 TRAIN, VAL = "train", "val"
 
@@ -63,7 +64,9 @@ class Batch(NamedTuple):
 
 
 class ImageFolder(Dataset):
-    """``folder``/CLASS/* as :class:`Sample`; hidden folders and files are no part of it.
+    """The images in ``folder``/CLASS/, at any depth, as :class:`Sample`; in the order of torchvision's ImageFolder.
+
+    Links are followed. Hidden folders and files are no part of it, and other files are passed over.
 
     An item's key is (epoch, index). With a seed it is a training set: the image is cropped and flipped at random, and
     with ``skip_bad`` the next of the epoch's shuffle replaces one that can't be decoded. Without a seed, the image is
@@ -74,20 +77,28 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, folder: str | Path, size: int, seed: int | None = None, skip_bad: bool = False):
-        self.folder, self.size, self.seed, self.skip_bad = str(folder), size, seed, skip_bad
-        self.classes = _classes(self.folder)
-        if not self.classes:
+        self.size, self.seed, self.skip_bad = size, seed, skip_bad
+        folders, others = _class_folders(str(folder))
+        if not folders:
             raise BadInput(f"--data: {folder} has no class folders; images belong in {folder}/CLASS/")
-        self.starts, names = [0], []  # of each class, the index of its first image
-        for name in self.classes:
-            files = _images(os.path.join(folder, name))
-            if not files:
-                raise BadInput(f"--data: the class folder {os.path.join(folder, name)} has no images")
-            names += files
-            self.starts.append(len(names))
+        self.classes, self.class_folders = list(folders), list(folders.values())
+        self.passed_over, self.example = len(others), min(others, default="")  # files that aren't images of a class
+        self.starts = [0]  # of each class, the index of its first image
         # No list of strings: counting the references to a million of them, each worker would copy them all.
-        self.ends = torch.from_numpy(np.fromiter(map(len, names), np.int64).cumsum())
-        self.names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+        names, lengths = bytearray(), []
+        for place in self.class_folders:
+            images, others = _files(place)
+            if others:
+                self.passed_over += len(others)
+                self.example = self.example or os.path.join(place, os.fsdecode(min(others)))
+            if not images:
+                only = f", only files such as {os.fsdecode(min(others))}" if others else ""
+                raise BadInput(f"--data: the class folder {place} has no images{only}")
+            names += b"".join(images)
+            lengths.append(np.fromiter(map(len, images), np.int64))
+            self.starts.append(self.starts[-1] + len(images))
+        self.ends = torch.from_numpy(np.concatenate(lengths).cumsum())
+        self.names = torch.frombuffer(names, dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -101,7 +112,7 @@ class ImageFolder(Dataset):
         ends = self.ends.numpy()  # whose indexing takes a fraction of a tensor's
         start = ends[index - 1] if index > 0 else 0
         name = os.fsdecode(self.names.numpy()[start : ends[index]].tobytes())
-        return os.path.join(self.folder, self.classes[self.target(index)], name)
+        return os.path.join(self.class_folders[self.target(index)], name)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -143,25 +154,62 @@ class ImageFolder(Dataset):
         return digest.hexdigest()
 
 
-def _classes(folder: str) -> list[str]:
-    """The folders in it that aren't hidden, in order."""
-    with _listing(folder), os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+def _class_folders(folder: str) -> tuple[dict[str, str], list[str]]:
+    """The class folders in it, by class and in the order of the classes, and the files beside them; none is hidden."""
+    folders, others = {}, []
+    with _listing(), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                name = unicodedata.normalize("NFC", entry.name)  # file systems and archives differ in the form
+                if name in folders:
+                    raise BadInput(f"--data: {folder} has two folders {name}, in two Unicode forms; make them one")
+                folders[name] = entry.path
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise BadInput(f"--data: the class folder {entry.path} is a link to nothing; mend or remove it")
+            else:
+                others.append(entry.path)
+    return dict(sorted(folders.items())), others
 
 
-def _images(folder: str) -> list[bytes]:
-    """The names of the images in it that aren't hidden, in order; by their names alone, as there may be millions."""
-    with _listing(folder):
-        names = os.listdir(os.fsencode(folder))
-    return sorted([name for name in names if name[0] != DOT and name.lower().endswith(EXTENSIONS)])
+def _files(folder: str) -> tuple[list[bytes], list[bytes]]:
+    """The images in a folder, at any depth, in torchvision's order, and other files; paths relative to the folder."""
+    root, found, others, seen = os.fsencode(folder), {}, [], set()
+    places = [b""]
+    with _listing():
+        for place in places:  # which grows
+            status = os.stat(os.path.join(root, place))
+            if (status.st_dev, status.st_ino) in seen:  # links can make a circle
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            images, folders, files = _names(os.path.join(root, place))
+            prefix = os.path.join(place, b"")
+            found[place] = [prefix + name for name in images] if prefix else images
+            others += [prefix + name for name in files]
+            places += [prefix + name for name in folders]
+    return list(chain.from_iterable(found[place] for place in sorted(found))), others
+
+
+def _names(folder: bytes) -> tuple[list[bytes], list[bytes], set[bytes]]:
+    """The images and the folders in it that aren't hidden, in order, and its other files."""
+    names = os.listdir(folder)
+    # By their names alone, as there may be millions.
+    images = sorted([name for name in names if name.lower().endswith(EXTENSIONS) and name[0] != DOT])
+    if len(images) == len(names):
+        return images, [], set()
+    others = {name for name in names if name[0] != DOT}.difference(images)
+    with os.scandir(folder) as entries:
+        folders = sorted(entry.name for entry in entries if entry.name in others and entry.is_dir())
+    return images, folders, others.difference(folders)
 
 
 @contextlib.contextmanager
-def _listing(folder: str) -> Iterator[None]:
+def _listing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
+        raise BadInput(f"--data: can't list {os.fsdecode(error.filename)}: {error.strerror}") from error
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -211,7 +259,7 @@ class Data:
         start = time.monotonic()
         self.folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
         self.classes = self.folders[VAL].classes
-        if saved and saved["classes"] not in ([], self.classes):
+        if saved and [unicodedata.normalize("NFC", name) for name in saved["classes"]] not in ([], self.classes):
             raise BadInput(f"--data: the classes in {args.data} are not those that {saved['file']} was trained on")
         if not args.evaluate:
             train = Path(args.data, TRAIN)
@@ -219,11 +267,30 @@ class Data:
             check_same_classes(self.folders[TRAIN], self.folders[VAL])
         counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in self.folders.items())
         print(f"Images: {counts}, {len(self.classes)} classes; listed in {time.monotonic() - start:.1f} s")
+        self._describe_oddities(saved)
         self.digests = {name: folder.digest() for name, folder in self.folders.items()}
         self.step_images = args.train_batch * args.iter_size
         if not args.evaluate:
             self._check_steps(saved)
         self.val_batches = math.ceil(len(self.folders[VAL]) / args.test_batch)
+
+    def _describe_oddities(self, saved: dict | None) -> None:
+        """Say what can be used, and is seldom meant."""
+        examples = [folder.example for folder in self.folders.values() if folder.passed_over]
+        if examples:
+            count = sum(folder.passed_over for folder in self.folders.values())
+            print(f"Files passed over, for their names or as they are in no class: {count:,}, such as {examples[0]}")
+        if len(self.classes) == 1:
+            print(f"There is only one class, {self.classes[0]}: every answer is right, and training teaches nothing")
+        # torchvision's weights are all for ImageNet's classes; for another number the classifier is made anew.
+        is_nameless = saved["classes"] == [] if saved else self.args.pretrained and len(self.classes) == 1000
+        if is_nameless and all(name.isdecimal() for name in self.classes):
+            falls = [f"{one} before {other}" for one, other in pairwise(self.classes) if int(one) > int(other)]
+            if falls:
+                print(
+                    f"The weights don't name their classes: class i is the i-th name in the order of text, {falls[0]}; "
+                    "if they were trained in the order of numbers, rename the folders with leading zeros"
+                )
 
     def _check_steps(self, saved: dict | None) -> None:
         """Say what an optimizer step is; refuse an epoch without one, and another shuffle in the middle of an epoch."""
