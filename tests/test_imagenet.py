@@ -381,6 +381,35 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("skip", ["--skip-bad-images", "--no-skip-bad-images"])
+@pytest.mark.parametrize("workers, split", [(0, "val"), (2, "train")])
+def test_an_image_that_is_gone_ends_the_run(command, images, tmp_path, workers, split, skip):
+    gone = shutil.copytree(images, tmp_path / "images") / split / "target" / "1.jpg"
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere")
+    words = [*EXCITED, "-d", tmp_path / "images", "-c", tmp_path / "run", "-j", workers, "--epochs", 2, skip]
+    result = command(*words)
+    assert result.status == 1
+    assert result.err.startswith(f"imagenet.py: can't read the image {gone}: it is a link to nothing; mend that")
+    assert result.err.count("\n") == 1
+
+
+def test_what_is_told_of_the_folders(command, images, tmp_path):
+    for number in range(12):
+        shutil.copytree(images / "val" / "ring", tmp_path / "val" / str(number) / "more")
+    (tmp_path / "val" / "0" / "labels.csv").touch()
+    torch.save(models.create("l_tiny", num_classes=12, excitation="none").state_dict(), tmp_path / "weights.pth")
+    words = ["-e", "--resume", tmp_path / "weights.pth", "--excitation", "none"]
+    out = command(*EXCITED, *words, "-d", tmp_path).out
+    for text in (
+        "Images: 36 in val, 12 classes",
+        f": 1, such as {tmp_path}/val/0/labels.csv",
+        "11 before 2",
+        "over 36 images",
+    ):
+        assert text in out
+
+
 def test_a_killed_worker_ends_the_run(command, images, tmp_path, monkeypatch):
     classify, before = imagenet.classify, multiprocessing.active_children()
 

@@ -3,7 +3,6 @@
 import argparse
 import bisect
 import contextlib
-import errno
 import hashlib
 import math
 import multiprocessing
@@ -16,8 +15,9 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from utils import distributed
 from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
-from utils.images import decode, random_resized_crop, resized_center_crop
+from utils.images import BadImage, decode, ignore_warnings, random_resized_crop, read, resized_center_crop
 from utils.signals import held, ignore_in_worker, waiting
 
 # ImageNet's, of pixels in 0..1
@@ -38,11 +38,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 DOT = ord(".")
-EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif"))
+EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe"))
 PREFETCHED = 2  # batches of a worker
 REPLACEMENTS = 100  # images in a row that may be bad
-# What is the machine's fault and not the image's: an image must not be left out for it.
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 TRAIN, VAL = "train", "val"
 
 Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
@@ -54,6 +52,7 @@ class Sample(NamedTuple):
     pixels: Tensor | None  # None: none could be
     target: int
     reasons: list[str]
+    failure: str | None = None  # of the machine, which is no fault of an image
 
 
 class Batch(NamedTuple):
@@ -63,10 +62,13 @@ class Batch(NamedTuple):
     targets: Tensor
     bad: int
     reasons: list[str]
+    failure: str | None = None  # of the machine, which ends the run
 
 
 class ImageFolder(Dataset):
-    """``folder``/CLASS/* as :class:`Sample`; hidden folders and files are no part of it.
+    """The images in ``folder``/CLASS/, at any depth, as :class:`Sample`; in the order of torchvision's ImageFolder.
+
+    Links are followed. Hidden folders and files are no part of it, and other files are passed over.
 
     An item's key is (epoch, index). With a seed it is a training set: the image is cropped and flipped at random, and
     with ``skip_bad`` the next of the epoch's shuffle replaces one that can't be decoded. Without a seed, the image is
@@ -77,20 +79,28 @@ class ImageFolder(Dataset):
     """
 
     def __init__(self, folder: str | Path, size: int, seed: int | None = None, skip_bad: bool = False):
-        self.folder, self.size, self.seed, self.skip_bad = str(folder), size, seed, skip_bad
-        self.classes = _classes(self.folder)
-        if not self.classes:
+        self.size, self.seed, self.skip_bad = size, seed, skip_bad
+        folders, others = _class_folders(str(folder))
+        if not folders:
             raise BadInput(f"--data: {folder} has no class folders; images belong in {folder}/CLASS/")
-        self.starts, names = [0], []  # of each class, the index of its first image
-        for name in self.classes:
-            files = _images(os.path.join(folder, name))
-            if not files:
-                raise BadInput(f"--data: the class folder {os.path.join(folder, name)} has no images")
-            names += files
-            self.starts.append(len(names))
+        self.classes, self.class_folders = list(folders), list(folders.values())
+        self.passed_over, self.example = len(others), min(others, default="")  # files that aren't images of a class
+        self.starts = [0]  # of each class, the index of its first image
         # No list of strings: counting the references to a million of them, each worker would copy them all.
-        self.ends = torch.from_numpy(np.fromiter(map(len, names), np.int64).cumsum())
-        self.names = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)
+        names, lengths = bytearray(), []
+        for place in self.class_folders:
+            images, others = _files(place)
+            if others:
+                self.passed_over += len(others)
+                self.example = self.example or os.path.join(place, os.fsdecode(min(others)))
+            if not images:
+                only = f", only files such as {os.fsdecode(min(others))}" if others else ""
+                raise BadInput(f"--data: the class folder {place} has no images{only}")
+            names += b"".join(images)
+            lengths.append(np.fromiter(map(len, images), np.int64))
+            self.starts.append(self.starts[-1] + len(images))
+        self.ends = torch.from_numpy(np.concatenate(lengths).cumsum())
+        self.names = torch.frombuffer(names, dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -104,19 +114,22 @@ class ImageFolder(Dataset):
         ends = self.ends.numpy()  # whose indexing takes a fraction of a tensor's
         start = ends[index - 1] if index > 0 else 0
         name = os.fsdecode(self.names.numpy()[start : ends[index]].tobytes())
-        return os.path.join(self.folder, self.classes[self.target(index)], name)
+        return os.path.join(self.class_folders[self.target(index)], name)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         reasons = []
         for candidate in self._candidates(epoch, index):
+            path = self.path(candidate)
             try:
-                image = decode(self.path(candidate))
+                image = decode(read(path))
+            except MemoryError:
+                raise
             except Exception as error:  # decoders raise nearly every type there is; raised on, it would lose the name
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
-                    raise
-                text = " ".join(f"{self.path(candidate)} ({type(error).__name__}: {error})".splitlines())
-                reasons.append(f"can't decode the image {text}")
+                if isinstance(error, OSError) and error.errno is not None:  # the system's; decoders set none
+                    return Sample(None, -1, reasons, f"can't read the image {path}: {error.strerror}")
+                kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
+                reasons.append(" ".join(f"can't decode the image {path} ({kind}{error})".splitlines()))
                 continue
             if self.seed is None:
                 pixels = resized_center_crop(image, self.size)
@@ -143,25 +156,62 @@ class ImageFolder(Dataset):
         return digest.hexdigest()
 
 
-def _classes(folder: str) -> list[str]:
-    """The folders in it that aren't hidden, in order."""
-    with _listing(folder), os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+def _class_folders(folder: str) -> tuple[dict[str, str], list[str]]:
+    """The class folders in it, by class and in the order of the classes, and the files beside them; none is hidden."""
+    folders, others = {}, []
+    with _listing(), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                name = unicodedata.normalize("NFC", entry.name)  # file systems and archives differ in the form
+                if name in folders:
+                    raise BadInput(f"--data: {folder} has two folders {name}, in two Unicode forms; make them one")
+                folders[name] = entry.path
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise BadInput(f"--data: the class folder {entry.path} is a link to nothing; mend or remove it")
+            else:
+                others.append(entry.path)
+    return dict(sorted(folders.items())), others
 
 
-def _images(folder: str) -> list[bytes]:
-    """The names of the images in it that aren't hidden, in order; by their names alone, as there may be millions."""
-    with _listing(folder):
-        names = os.listdir(os.fsencode(folder))
-    return sorted([name for name in names if name[0] != DOT and name.lower().endswith(EXTENSIONS)])
+def _files(folder: str) -> tuple[list[bytes], list[bytes]]:
+    """The images in a folder, at any depth, in torchvision's order, and other files; paths relative to the folder."""
+    root, found, others, seen = os.fsencode(folder), {}, [], set()
+    places = [b""]
+    with _listing():
+        for place in places:  # which grows
+            status = os.stat(os.path.join(root, place))
+            if (status.st_dev, status.st_ino) in seen:  # links can make a circle
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            images, folders, files = _names(os.path.join(root, place))
+            prefix = os.path.join(place, b"")
+            found[place] = [prefix + name for name in images] if prefix else images
+            others += [prefix + name for name in files]
+            places += [prefix + name for name in folders]
+    return list(chain.from_iterable(found[place] for place in sorted(found))), others
+
+
+def _names(folder: bytes) -> tuple[list[bytes], list[bytes], set[bytes]]:
+    """The images and the folders in it that aren't hidden, in order, and its other files."""
+    names = os.listdir(folder)
+    # By their names alone, as there may be millions.
+    images = sorted([name for name in names if name.lower().endswith(EXTENSIONS) and name[0] != DOT])
+    if len(images) == len(names):
+        return images, [], set()
+    others = {name for name in names if name[0] != DOT}.difference(images)
+    with os.scandir(folder) as entries:
+        folders = sorted(entry.name for entry in entries if entry.name in others and entry.is_dir())
+    return images, folders, others.difference(folders)
 
 
 @contextlib.contextmanager
-def _listing(folder: str) -> Iterator[None]:
+def _listing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadInput(f"--data: can't list {folder}: {error.strerror}") from error
+        raise BadInput(f"--data: can't list {os.fsdecode(error.filename)}: {error.strerror}") from error
 
 
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
@@ -211,7 +261,7 @@ class Data:
         start = time.monotonic()
         self.folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
         self.classes = self.folders[VAL].classes
-        if saved and saved["classes"] not in ([], self.classes):
+        if saved and [unicodedata.normalize("NFC", name) for name in saved["classes"]] not in ([], self.classes):
             raise BadInput(f"--data: the classes in {args.data} are not those that {saved['file']} was trained on")
         if not args.evaluate:
             train = Path(args.data, TRAIN)
@@ -219,12 +269,31 @@ class Data:
             check_same_classes(self.folders[TRAIN], self.folders[VAL])
         counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in self.folders.items())
         print(f"Images: {counts}, {len(self.classes)} classes; listed in {time.monotonic() - start:.1f} s")
+        self._describe_oddities(saved)
         self.digests = {name: folder.digest() for name, folder in self.folders.items()}
         self.step_images = args.train_batch * args.iter_size
         if not args.evaluate:
             self._check_steps(saved)
         self.val_batches = math.ceil(len(self.folders[VAL]) / args.test_batch)
         warn_of_shared_memory(args)
+
+    def _describe_oddities(self, saved: dict | None) -> None:
+        """Say what can be used, and is seldom meant."""
+        examples = [folder.example for folder in self.folders.values() if folder.passed_over]
+        if examples:
+            count = sum(folder.passed_over for folder in self.folders.values())
+            print(f"Files passed over, for their names or as they are in no class: {count:,}, such as {examples[0]}")
+        if len(self.classes) == 1:
+            print(f"There is only one class, {self.classes[0]}: every answer is right, and training teaches nothing")
+        # torchvision's weights are all for ImageNet's classes; for another number the classifier is made anew.
+        is_nameless = saved["classes"] == [] if saved else self.args.pretrained and len(self.classes) == 1000
+        if is_nameless and all(name.isdecimal() for name in self.classes):
+            falls = [f"{one} before {other}" for one, other in pairwise(self.classes) if int(one) > int(other)]
+            if falls:
+                print(
+                    f"The weights don't name their classes: class i is the i-th name in the order of text, {falls[0]}; "
+                    "if they were trained in the order of numbers, rename the folders with leading zeros"
+                )
 
     def _check_steps(self, saved: dict | None) -> None:
         """Say what an optimizer step is; refuse an epoch without one, and another shuffle in the middle of an epoch."""
@@ -287,8 +356,9 @@ class Data:
         """This process's part of each batch.
 
         Raises:
-            RunFailed: names an image that can't be decoded and says how to go on; with --skip-bad-images, which names
-                such images once and goes on without them, only where nothing can replace one.
+            RunFailed: names an image that can't be read, or one that can't be decoded, and says how to go on; with
+                --skip-bad-images, which names those that can't be decoded once and goes on without them, only where
+                nothing can replace one.
         """
         workers, is_gpu = math.ceil(self.args.workers / distributed.PROCESSES), self.device.type == "cuda"
         # A fork would have the locks of CUDA's and NCCL's threads, and nobody to open them.
@@ -308,6 +378,7 @@ class Data:
             generator=torch.Generator(),  # otherwise each pass draws a number from the global one
         )
         others, named = multiprocessing.active_children(), set()
+        ignore_warnings()
         with held():
             batches = iter(loader)
         _workers.extend(worker for worker in multiprocessing.active_children() if worker not in others)
@@ -318,17 +389,11 @@ class Data:
             self.waited += time.monotonic() - start
             if batch is None:
                 return
-            if batch.images is None:
-                raise RunFailed(
-                    f"a process that loads images can't hand over a batch ({batch.reasons[0]}): load in the main "
-                    "process by -j 0, or give a container more shared memory by --shm-size or --ipc=host, or raise "
-                    "ulimit -n, or set TMPDIR to a shorter path; the last checkpoint, if there is one, stands"
-                )
+            go_on = "then start again or --resume; the last checkpoint, if there is one, stands"
+            if batch.failure:
+                raise RunFailed(f"{batch.failure}; mend that, {go_on}")
             if batch.bad and not self.args.skip_bad_images:
-                raise RunFailed(
-                    f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, then start again or "
-                    "--resume; the last checkpoint, if there is one, stands"
-                )
+                raise RunFailed(f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, {go_on}")
             for reason in sorted(set(batch.reasons) - named):
                 print(f"\nLeft out: {reason}", file=sys.stderr)
             named.update(batch.reasons)
@@ -369,7 +434,9 @@ def _collate(samples: list[Sample]) -> Batch:
     images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
     targets = [sample.target for sample in good]
     bad = sum(len(sample.reasons) > 0 for sample in samples)
-    return Batch(images.permute(0, 3, 1, 2), targets, bad, [reason for sample in samples for reason in sample.reasons])
+    reasons = [reason for sample in samples for reason in sample.reasons]
+    failure = next((sample.failure for sample in samples if sample.failure), None)
+    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure)
 
 
 _workers: list[multiprocessing.Process] = []  # those that load images for this process
@@ -380,6 +447,7 @@ def _start_worker(worker: int) -> None:
     sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
     multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error
     ignore_in_worker()
+    ignore_warnings()
     threading.Thread(target=_end_with_main_process, daemon=True).start()
 
 
@@ -389,7 +457,12 @@ def _hand_over_error(queue: multiprocessing.queues.Queue, error: Exception, item
     Memory to share is scarce in containers, and the name of a socket may be too long.
     """
     number, _ = item
-    queue.put((number, Batch(None, [], 0, [f"{type(error).__name__}: {error}"])))
+    failure = (
+        f"a process that loads images can't hand over a batch ({type(error).__name__}: {error}): a container may need "
+        "more shared memory by --shm-size or --ipc=host, TMPDIR a shorter path, ulimit -n a larger number; -j 0 goes "
+        "without"
+    )
+    queue.put((number, Batch(None, [], 0, [], failure)))
 
 
 def _end_with_main_process() -> None:

@@ -1,10 +1,14 @@
 """A file of any format to uint8 pixels of the network's size: decode, crop, resize, flip, all on uint8."""
 
+import errno
 import io
 import math
 import os
 import random
+import stat
 import struct
+import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,18 +31,49 @@ except ImportError:  # torchvision 0.29 announces that a later release goes with
     DECODERS = {}
 
 
-def decode(path: str) -> Tensor:
+class BadImage(ValueError):
+    """What is wrong with an image; a decoder's own exceptions say it as well."""
+
+
+def read(path: str) -> np.ndarray:
+    """The bytes of a file, uint8.
+
+    Raises:
+        BadImage: it is a folder, a pipe or a device.
+        OSError: it isn't there, or the machine failed to read it.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        if os.path.islink(path):
+            raise FileNotFoundError(errno.ENOENT, "it is a link to nothing") from error
+        raise
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would never end
+        raise BadImage("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+    data = np.empty(status.st_size, np.uint8)
+    with Path(path).open("rb") as file:  # np.fromfile doesn't notice a failure, and gives what was in the memory
+        return data[: file.readinto(data)]
+
+
+def ignore_warnings() -> None:
+    """Let PYTHONWARNINGS=error not make a bad image of each that a library says something about."""
+    warnings.filterwarnings("ignore", module=r"PIL\.|torchvision\.|utils\.images")
+
+
+def decode(data: np.ndarray) -> Tensor:
     """The first frame of an image file as uint8 RGB pixels, (3, height, width).
 
     Transparency is dropped, 16 bits are scaled to 8, and the orientation in EXIF is ignored, as the classic pipeline
     ignores it.
 
+    Args:
+        data: the file's bytes, uint8.
+
     Raises:
-        Exception: nearly any, when the file can't be read or decoded.
+        Exception: nearly any, when they can't be decoded; also OSError, but without an errno.
     """
-    if not os.path.isfile(path):  # reading a pipe would never end
-        raise ValueError("not a file")
-    data = np.fromfile(os.fsencode(path), dtype=np.uint8)
+    if len(data) == 0:
+        raise BadImage("it is empty")
     # Pillow takes ten times as long as this to read the header of what nearly all files are.
     pixels = _by_torchvision("JPEG", data) if 0 < _jpeg_size(data) <= Image.MAX_IMAGE_PIXELS else None
     if pixels is not None:
@@ -47,7 +82,7 @@ def decode(path: str) -> Tensor:
         # Looks at no more than the header, and refuses sizes beyond reason. Of an array, BytesIO would be slow.
         image = Image.open(io.BytesIO(data.tobytes()))
     except UnidentifiedImageError as error:
-        raise ValueError("no image format that is known") from error
+        raise BadImage("it has no image format that is known") from error
     with image:
         pixels = _by_torchvision(image.format, data)
         return pil_to_tensor(_rgb(image)) if pixels is None else pixels
@@ -76,6 +111,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # 16 bits, which convert() would clip
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode in ("F", "I"):
+        kind = "floats" if image.mode == "F" else "signed or of 32 bits"
+        raise BadImage(f"its pixels are {kind}, and their range isn't known; save it with 8 or 16 bits")
     elif "transparency" in image.info:  # convert() warns of dropping it
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -1,55 +1,146 @@
 """Listing, cropping and the order of images; that data never touches the global random state."""
 
+import errno
+import io
 import math
+import os
 import random
+import shlex
+import unicodedata
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 from torchvision.transforms import v2
 
 import imagenet
+from tests.formats import FORMATS
 from tests.helpers import draw_folder
 from utils.data import TRAIN, VAL, Data, ImageFolder, end_workers, shuffle
+from utils.errors import BadInput, RunFailed
 from utils.images import random_resized_crop
 
 
-def data(folder: Path, *words) -> Data:
+def data(folder: Path, *words, saved: dict | None = None) -> Data:
     """Of a command with these options: micro-batches of 4 and validation batches of 3 images."""
     argv = ["-d", folder, "--image-size", 32, "--train-batch", 4, "--test-batch", 3, "--epochs", 2, "-j", 0, *words]
-    return Data(imagenet.build_parser().parse_args(list(map(str, argv))), torch.device("cpu"))
+    return Data(imagenet.build_parser().parse_args(list(map(str, argv))), torch.device("cpu"), saved)
 
 
 def batches(source: Data, epoch: int, step: int) -> list[torch.Tensor]:
     """The images of a run from there on, and the classes last of all."""
     found = []
-    for number in range(epoch, 2):
-        for micro_batches in source.training(number, step if number == epoch else 0):
-            found += micro_batches
-        found += source.validation()
-    end_workers()
+    try:
+        for number in range(epoch, 2):
+            for micro_batches in source.training(number, step if number == epoch else 0):
+                found += micro_batches
+            found += source.validation()
+    finally:
+        end_workers()
     return [batch.images for batch in found] + [torch.cat([batch.targets for batch in found])]
 
 
-def test_the_list_leaves_out_what_is_hidden_and_has_a_digest_whatever_its_place(images, tmp_path):
+def paths(dataset: ImageFolder) -> list[str]:
+    return [dataset.path(index) for index in range(len(dataset))]
+
+
+def test_the_list_leaves_out_what_is_hidden_and_has_a_digest_whatever_its_place(images, tmp_path, capsys):
     folder = draw_folder(tmp_path, {"val": 3}) / "val"
-    for name in (".cache", "ring/.cache"):
-        (folder / name).mkdir()
-    for name in ("ring/._0.jpg", "ring/notes.txt", "list.txt"):
+    (folder / ".cache").mkdir()
+    (folder / "ring" / ".cache").symlink_to(folder / "target")
+    (folder / "ring" / "._0.jpg").write_text("none")
+    data(tmp_path, "-e")
+    assert capsys.readouterr().out.count("\n") == 1
+    for name in ("ring/notes.txt", "ring/image", "list.txt", "0.jpg"):
         (folder / name).write_text("none")
-    (folder / "ring" / "more").symlink_to(folder / "target")
+    data(tmp_path, "-e")
+    assert (
+        f"Files passed over, for their names or as they are in no class: 4, such as {folder}/0.jpg\n"
+        in capsys.readouterr().out
+    )
     dataset = ImageFolder(folder, 32)
     assert dataset.classes == ["ring", "target"]
     assert [dataset.target(index) for index in range(len(dataset))] == [0, 0, 0, 1, 1, 1, 1]
-    expected = sorted(path for path in folder.glob("[a-z]*/[0-9]*.jpg") if "more" not in path.parts)
-    assert [dataset.path(index) for index in range(len(dataset))] == list(map(str, expected))
+    assert paths(dataset) == list(map(str, sorted(folder.glob("[a-z]*/[0-9]*.jpg"))))
     # A worker gets no copy of the names: torch hands tensors over as shared memory.
     assert type(dataset.names) is type(dataset.ends) is torch.Tensor
     assert dataset.digest() == ImageFolder(images / "val", 16).digest()
+    # Checkpoints hold it.
+    assert dataset.digest() == "89543296c6f6d83d85eacfc1b9205c5c9a7a27e863739795682ce7ec8318a222"
     (folder / "ring" / "0.jpg").unlink()
     assert ImageFolder(folder, 32).digest() != dataset.digest()
+
+
+def test_folders_at_any_depth_are_listed_as_torchvision_lists_them(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "val"
+    # "b c" and "b-" come between "b" and "b/c" or not, as one compares.
+    for path in shlex.split("a/b/x.png 'a/b c/y.JPEG' a/b/c/z.jpg a/b-/1.webp a/2.bmp e/f/3.tif e/4.txt 10/5.jpg"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    (elsewhere / "deep").mkdir(parents=True)
+    (elsewhere / "deep" / "6.jpg").touch()
+    (folder / "a" / "link").symlink_to(elsewhere)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "e" / "sibling").symlink_to(folder / "a")
+    (folder / "e" / "7.jpg").symlink_to(elsewhere / "deep" / "6.jpg")
+    theirs = datasets.ImageFolder(folder)
+    dataset = ImageFolder(folder, 32)
+    assert dataset.classes == theirs.classes
+    assert list(zip(paths(dataset), map(dataset.target, range(len(dataset))), strict=True)) == theirs.samples
+    # Where torchvision goes round until the system refuses, and leaves these names out.
+    (folder / "a" / "b" / "up").symlink_to(folder / "a")
+    for name in ("8.gif", "9.jfif", "A.JPE"):
+        (folder / "10" / name).touch()
+    more = [f"{folder}/10/{name}" for name in ("8.gif", "9.jfif", "A.JPE")]
+    assert paths(ImageFolder(folder, 32)) == [theirs.samples[0][0], *more, *(path for path, _ in theirs.samples[1:])]
+
+
+NUMBERS, PADDED = [str(number) for number in range(1000)], [f"{number:02}" for number in range(12)]
+
+
+@pytest.mark.parametrize("names", [NUMBERS[:12], NUMBERS, NUMBERS[:10], PADDED, ["10", "2", "x"]])
+def test_numbers_as_names_of_classes_are_told_when_the_weights_have_no_names(tmp_path, capsys, names):
+    for name in names:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.jpg").touch()
+    theirs = datasets.ImageFolder(tmp_path / "val")
+    is_misleading = names in (NUMBERS[:12], NUMBERS)
+    for words, saved, is_told in (
+        ((), {"classes": []}, is_misleading),
+        ((), {"classes": theirs.classes}, False),
+        (("--pretrained",), None, is_misleading and len(names) == 1000),
+        ((), None, False),
+    ):
+        assert data(tmp_path, "-e", *words, saved=saved).classes == theirs.classes
+        assert ("in the order of text, 1" in capsys.readouterr().out) == is_told
+
+
+def test_classes_are_compared_in_one_unicode_form(tmp_path):
+    draw_folder(tmp_path, {"train": 2, "val": 1})
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    (tmp_path / "train" / "ring").rename(tmp_path / "train" / apart)
+    (tmp_path / "val" / "ring").rename(tmp_path / "val" / composed)
+    source = data(tmp_path, saved={"classes": [apart, "target"], "step": 0})
+    assert source.classes == source.folders[TRAIN].classes == [composed, "target"]
+    assert all(map(os.path.isfile, paths(source.folders[TRAIN])))
+    with pytest.raises(BadInput, match="are not those that FILE was trained on"):
+        data(tmp_path, saved={"classes": ["cafe", "target"], "file": "FILE"})
+    (tmp_path / "val" / apart).mkdir()
+    with pytest.raises(BadInput, match="has two folders café, in two Unicode forms"):
+        data(tmp_path)
+
+
+def test_a_class_that_is_a_link_to_nothing_is_refused_and_one_class_alone_is_told(tmp_path, capsys):
+    draw_folder(tmp_path, {"val": 1}, ("ring",))
+    assert len(data(tmp_path, "-e").folders[VAL]) == 1
+    assert "There is only one class, ring" in capsys.readouterr().out
+    (tmp_path / "val" / "target").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="val/target is a link to nothing"):
+        data(tmp_path, "-e")
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(images):
@@ -128,3 +219,78 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_of_the_order(tmp_path):
     replaced = dataset[1, order[-2]]
     assert [str(path) in reason for path, reason in zip(bad, replaced.reasons, strict=True)] == [True, True]
     assert (replaced.target, dataset[1, order[0]].reasons) == (dataset.target(order[0]), [])
+
+
+def fail(monkeypatch, place: str, number: int, path: str) -> None:
+    """Let the machine lose a file that was listed: at ``stat``, ``open`` or ``read``, or ``gone`` altogether."""
+    error = OSError(number, os.strerror(number))
+    owner, name = (os, "stat") if place == "stat" else (Path, "open")
+    real = getattr(owner, name)
+
+    def failing(file, *rest, **named):
+        if str(file) != path:
+            return real(file, *rest, **named)
+        if place != "read":
+            raise error
+        stream = io.BytesIO()
+        stream.readinto = Mock(side_effect=error)
+        return stream
+
+    if place == "gone":
+        Path(path).unlink()
+    else:
+        monkeypatch.setattr(owner, name, failing)
+
+
+FAILURES = [(place, number) for place in ("stat", "open", "read") for number in (errno.ESTALE, errno.EIO)]
+FAILURES += [("open", errno.EMFILE), ("open", errno.EACCES), ("gone", errno.ENOENT)]
+
+
+@pytest.mark.parametrize("skip", ["--skip-bad-images", "--no-skip-bad-images"])
+@pytest.mark.parametrize("workers, split", [(0, TRAIN), (0, VAL), (1, TRAIN), (1, VAL)])
+@pytest.mark.parametrize("place, number", FAILURES)
+def test_a_failure_of_the_machine_is_never_a_bad_image(tmp_path, monkeypatch, place, number, workers, split, skip):
+    draw_folder(tmp_path, {"train": 4, "val": 1})
+    source = data(tmp_path, skip, "-j", workers)
+    path = source.folders[split].path(1)
+    fail(monkeypatch, place, number, path)
+    with pytest.raises(RunFailed, match=f"can't read the image {path}: {os.strerror(number)}; mend that"):
+        batches(source, 0, 0)
+
+
+def test_nor_is_one_while_it_decodes(images, monkeypatch):
+    """Pillow imports most of its decoders when it first needs them."""
+    dataset = ImageFolder(images / "train", 32, seed=0, skip_bad=True)
+    monkeypatch.setattr("utils.data.decode", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    assert dataset[0, 0].failure == f"can't read the image {dataset.path(0)}: Too many open files"
+    monkeypatch.setattr("utils.data.decode", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        dataset[0, 0]
+
+
+def test_a_bad_file_says_what_it_is(tmp_path):
+    folder = draw_folder(tmp_path, {"val": 1}, ("ring",)) / "val" / "ring"
+    for name, content in (("1.jpg", b""), ("2.jpg", b"text")):
+        (folder / name).write_bytes(content)
+    (folder / "3.jpg").mkdir()
+    os.mkfifo(folder / "4.jpg")
+    (folder / "5.jpg").symlink_to(tmp_path / "nowhere")
+    (folder / "6.jpg").touch()
+    dataset = ImageFolder(tmp_path / "val", 32)
+    (folder / "6.jpg").unlink()
+    reasons = ["it is empty", "it has no image format that is known", "it is a folder", "it is no regular file"]
+    for index, reason in enumerate(reasons, 1):
+        assert dataset[0, index].reasons == [f"can't decode the image {folder}/{index}.jpg ({reason})"]
+    for index, failure in {5: "it is a link to nothing", 6: "No such file or directory"}.items():
+        assert dataset[0, index].failure == f"can't read the image {folder}/{index}.jpg: {failure}"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_of_a_library_makes_no_bad_image(tmp_path, monkeypatch):
+    """As under PYTHONWARNINGS=error."""
+    draw_folder(tmp_path, {"val": 1})
+    (tmp_path / "val" / "ring" / "1.png").write_bytes(FORMATS["transparent.png"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 150 - 1)
+    for workers in (0, 1):
+        assert [batch.reasons for batch in data(tmp_path, "-e", "-j", workers).validation()] == [[], []]
+        end_workers()
