@@ -294,6 +294,38 @@ def load_weights(model: torch.nn.Module, saved: dict, flag: str = "--resume") ->
     model.load_state_dict(state)
 
 
+def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifier: str) -> None:
+    """Begin a training with the weights of ``--init``, and say what of the model they are not for.
+
+    The model keeps its own classifier where the file's is for other classes, and its own gates where the file has
+    none, or others.
+
+    Args:
+        classifier: the name of that layer.
+
+    Raises:
+        BadInput: something else doesn't fit.
+    """
+    file, own, state = saved["file"], model.state_dict(), dict(saved["state_dict"])
+    told = [f"Beginning with the weights of {file}"]
+    head = [name for name in own if name.rpartition(".")[0] == classifier]
+    rows = {tuple(state[name].shape[:1]) for name in head if name in state}
+    if rows != {(len(classes),)} or saved["classes"] not in ([], classes):
+        for name in head:
+            # One that differs in more than its rows is another network's, and is to be refused.
+            if name not in state or state[name].shape[1:] == own[name].shape[1:]:
+                state[name] = own[name]
+        told.append(f"The classifier {classifier} is made anew: {file} has none for these classes")
+    ours, theirs = ({name: tensor for name, tensor in of.items() if _is_of_gate(name)} for of in (own, state))
+    if {name: gate.shape for name, gate in ours.items()} != {name: gate.shape for name, gate in theirs.items()}:
+        # All of them: a layer of as many inputs as outputs would take a gate of the other formulation.
+        state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
+        told += [f"The gates of {file} are left out: the network has {'others' if ours else 'none'}"] * bool(theirs)
+        told += [f"The gates are made anew: {file} has {'others' if theirs else 'none'}"] * bool(ours)
+    load_weights(model, saved | {"state_dict": state}, "--init")
+    print("\n".join(told))
+
+
 def _is_of_gate(name: str) -> bool:
     return ".gate." in f".{name}"
 

@@ -20,9 +20,10 @@ import timm
 import torch
 from torch import nn
 
+import models
 from tests.helpers import tiny_checkpoint
 from utils import checkpoint
-from utils.checkpoint import LAST, PREVIOUS, find, load, load_weights, serialize, versions
+from utils.checkpoint import BEST, LAST, PREVIOUS, find, initialize, load, load_weights, serialize, versions
 from utils.errors import BadInput, RunFailed
 from utils.reading import read
 
@@ -225,6 +226,62 @@ def test_safetensors_that_are_cut_or_can_not_be_read(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BadInput, match="needs the package safetensors"):
         load(file)
+
+
+# --- weights that begin a training
+
+CLASSES = ["a", "b"]
+BEGINNINGS = [  # of l_tiny on which classes, with what; the options of the network; what is made anew, and what is told
+    (CLASSES, {}, {}, [], []),
+    ([], {}, {}, [], []),  # their names are not known
+    (["a", "c"], {}, {}, ["fc."], ["classifier fc is made anew"]),
+    (["a", "b", "c"], {}, {}, ["fc."], ["classifier fc is made anew"]),
+    (CLASSES, {"excitation": "none"}, {}, [".gate."], ["The gates are made anew: FILE has none"]),
+    (CLASSES, {"excitation": "lwe"}, {"excitation": "none"}, [], []),
+    (CLASSES, {}, {"excitation": "none"}, [], ["gates of FILE are left out: the network has none"]),
+    (CLASSES, {}, {"formulation": "paper"}, [".gate."], ["are left out: the network has others", "FILE has others"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("classes, theirs, options, anew, told", BEGINNINGS)
+def test_weights_that_begin_a_training(classes, theirs, options, anew, told, capsys):
+    state = models.create("l_tiny", num_classes=len(classes) or 2, **theirs).state_dict()
+    state = {name: torch.full_like(value, 0.5) for name, value in state.items()}
+    ours = models.create("l_tiny", num_classes=2, **options)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    initialize(ours, {"state_dict": state, "classes": classes, "file": Path("FILE")}, CLASSES, "fc")
+    for name, value in ours.state_dict().items():
+        expected = before[name] if any(part in name for part in anew) else state[name]
+        assert torch.equal(value, expected), name
+    out = capsys.readouterr().out
+    assert out.startswith("Beginning with the weights of FILE\n")
+    assert all(text in out for text in told)
+    assert out.count("\n") == 1 + len(told)
+
+
+NO_BEGINNING = [({"fc.weight": torch.zeros(5, 7)}, "FILE has fc.weight as "), ({"more": torch.ones(1)}, "has more"),
+    ({"conv1.weight": torch.ones(64, 1, 7, 7)}, "FILE has conv1.weight as ")]  # fmt: skip
+
+
+@pytest.mark.parametrize("change, text", NO_BEGINNING)
+def test_weights_that_can_not_begin_a_training(change, text):
+    state = models.create("l_tiny", num_classes=5).state_dict() | change
+    saved = {"state_dict": state, "classes": [], "file": Path("FILE")}
+    with pytest.raises(BadInput, match=f"^--init: .*{text}"):
+        initialize(models.create("l_tiny", num_classes=2), saved, CLASSES, "fc")
+
+
+def test_the_checkpoint_that_begins_a_training_is_the_best(tmp_path, capsys):
+    for name, epoch in ((BEST, 1), (LAST, 2)):
+        (tmp_path / name).write_bytes(serialize(tiny_checkpoint(epoch)))
+    assert find(str(tmp_path), "--init")["file"].name == BEST
+    (tmp_path / BEST).write_bytes(b"")
+    assert find(str(tmp_path), "--init")["file"].name == LAST
+    assert "is damaged: it is empty or cut short; give another file\nGoing back to" in capsys.readouterr().out
+    for name in (BEST, LAST):
+        (tmp_path / name).unlink()
+    with pytest.raises(BadInput, match=f"^--init: there is no checkpoint .*/{LAST}$"):
+        find(str(tmp_path), "--init")
 
 
 # --- what doesn't fit, and what is damaged
