@@ -58,6 +58,7 @@ def build_parser() -> Parser:
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")
     add("--drop", "--dropout", **PROBABILITY, default=0.0, help="probability, before the classifier [%(default)s]")
     add("--pretrained", **SWITCH, default=False, help="start from torchvision's weights [no]")
+    add("--init", type=path, metavar="FILE", help="start from weights: of a run, its export, or another trainer's")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", **COUNT, default=90, help="total epochs [%(default)s]")
@@ -93,7 +94,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str]) -> int:
     """One command, whose steps follow in their order after --export and --visualize; returns the exit status."""
-    args, saved = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
+    args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
     if args.export or args.visualize:
         write = export if args.export else visualize
         return write(args, saved) if distributed.RANK == 0 else 0
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> int:
     devices = distributed.join(args)
     data = Data(args, devices[0], saved)
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
-    model = build_model(args, data, devices, saved)
+    model = build_model(args, data, devices, saved or init)
     if args.evaluate:
         scores = validate(model, data, devices, args, Stop())
         print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> int:
 def export(args: argparse.Namespace, saved: dict) -> int:
     """Write the folded weights as a plain state_dict, and say how to load it."""
     contents, classes = io.BytesIO(), len(saved["classes"])
-    torch.save(fold(create_model(args, classes, saved)).state_dict(), contents)
+    torch.save(fold(create_model(args, saved["classes"], saved)).state_dict(), contents)
     write_output("--export", args.export, contents.getbuffer())
     print(f"{args.export}: the plain weights of {saved['file']}, which load without this project:")
     print(models.loading_lines(args.arch, classes, args.cardinality, args.base_width, args.image_size, args.export))
@@ -140,7 +141,7 @@ def export(args: argparse.Namespace, saved: dict) -> int:
 
 def visualize(args: argparse.Namespace, saved: dict) -> int:
     """Draw what excitation does to the run's weights."""
-    layers = list(inspect_layers(create_model(args, len(saved["classes"]), saved)))
+    layers = list(inspect_layers(create_model(args, saved["classes"], saved)))
     if not layers:
         raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
     place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
@@ -150,24 +151,26 @@ def visualize(args: argparse.Namespace, saved: dict) -> int:
     return 0
 
 
-def create_model(args: argparse.Namespace, num_classes: int, saved: dict | None) -> nn.Module:
+def create_model(args: argparse.Namespace, classes: list[str], saved: dict | None) -> nn.Module:
     """The network with the weights to begin with, on the CPU."""
     pretrained = args.pretrained and saved is None
     torch.manual_seed(args.seed)
     with options.refusing_network(args):
-        known = models.pretrained_classes(args.arch) if pretrained and args.evaluate else num_classes
-        if known != num_classes:
-            raise ValueError(f"its weights are for {known} classes, --data has {num_classes}")
+        known = models.pretrained_classes(args.arch) if pretrained and args.evaluate else len(classes)
+        if known != len(classes):
+            raise ValueError(f"its weights are for {known} classes, --data has {len(classes)}")
         settings = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
-        model = models.create(args.arch, num_classes=num_classes, pretrained=pretrained, **settings)
-    if saved:
+        model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **settings)
+    if args.init:
+        checkpoint.initialize(model, saved, classes, models.find_classifier(model)[0])
+    elif saved:
         checkpoint.load_weights(model, saved)
     return model
 
 
 def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device], saved: dict | None) -> nn.Module:
     """The same, checked to take the images, on the first device."""
-    model = create_model(args, len(data.classes), saved)
+    model = create_model(args, data.classes, saved)
     with options.refusing_network(args):
         part = distributed.smallest_part(args.train_batch, devices)
         models.check_input(model, part, args.image_size, training=not args.evaluate)

@@ -117,11 +117,7 @@ def _torchvision(arch: str, num_classes: int, pretrained: bool, drop: float, ima
         if hasattr(model, name):
             setattr(model, name, None)
             model.aux_logits = False
-    name, classifier = next(
-        (name, module)
-        for name, module in reversed(list(model.named_modules()))
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    )
+    name, classifier = find_classifier(model)
     if num_classes != (classifier.out_features if isinstance(classifier, nn.Linear) else classifier.out_channels):
         parent, _, attribute = name.rpartition(".")
         classifier = _with_classes(classifier, num_classes)
@@ -130,6 +126,15 @@ def _torchvision(arch: str, num_classes: int, pretrained: bool, drop: float, ima
         # A hook, and not a module before the classifier, so that the names of the parameters stay torchvision's.
         classifier.register_forward_pre_hook(lambda module, inputs: F.dropout(inputs[0], drop, module.training))
     return model
+
+
+def find_classifier(model: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d]:
+    """The layer that gives the logits, the last one of its kinds, and its name."""
+    return next(
+        (name, module)
+        for name, module in reversed(list(model.named_modules()))
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    )
 
 
 def _with_classes(classifier: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Linear | nn.Conv2d:

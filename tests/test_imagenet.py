@@ -310,7 +310,7 @@ def test_bad_checkpoints(command, finished, tmp_path, monkeypatch):
         bad.append((saved | {"options": options | {key: value}}, "options"))
     for key, value in (("data", "a\0b"), ("image_size", 10**30), ("checkpoint", "evil"), ("help", True), (3, True)):
         bad.append((saved | {"options": options | {key: value}}, "options"))
-    for tensor in (torch.zeros(3), torch.zeros(2).to_sparse(), torch.full((2,), math.nan), torch.zeros(2).half()):
+    for tensor in (torch.zeros(3), torch.zeros(2).to_sparse(), torch.full((2,), math.nan), torch.zeros(2).int()):
         bad.append((saved | {"state_dict": weights | {"fc.bias": tensor}}, "fc.bias"))
     for name in ("fc.bias", "conv1.weight"):
         bad.append((saved | {"state_dict": {key: weights[key] for key in weights if key != name}}, name))

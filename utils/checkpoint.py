@@ -5,7 +5,7 @@ A checkpoint of this trainer is a dict with
     format       1
     epoch, step  finished epochs, and optimizer steps done in the one after them
     arch         the architecture's name
-    classes      class names in the order of the logits
+    classes      class names (NFC) in the order of the logits
     state_dict   weights and buffers, without DataParallel's prefix
     optimizer    the optimizer's state_dict
     scaler       the gradient scaler's state_dict, empty without --amp fp16
@@ -24,10 +24,10 @@ Loaded, it also has its ``file``. What another trainer's file lacks is filled in
 
 import contextlib
 import io
+import json
 import math
 import os
 import platform
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +37,7 @@ import torchvision
 from utils.errors import BadInput, NotFinite
 from utils.logger import COLUMNS
 from utils.meters import Scores
+from utils.reading import NotWhole, Opaque, damaged, needs_code, read
 from utils.signals import Stopped
 
 FORMAT = 1
@@ -50,10 +51,8 @@ KEYS = {
     **dict.fromkeys(("classes", "sums", "log"), list),
     **dict.fromkeys(("state_dict", "optimizer", "scaler", "rng", "options", "versions"), dict),
 }
-
-
-class NotWhole(BadInput):
-    """A checkpoint is damaged or missing; the one before it may do."""
+WEIGHTS = ("state_dict", "model", "model_state_dict", "net")  # where other trainers have them, if not on top
+WRAPPERS = {"module", "_orig_mod"}  # what DataParallel and torch.compile put into names
 
 
 def versions() -> dict[str, str]:
@@ -80,23 +79,26 @@ def serialize(checkpoint: dict) -> memoryview:
     return stream.getbuffer()
 
 
-def find(path: str) -> dict:
-    """The checkpoint that ``--resume`` names: that file, or the newest of a run's folder that is whole.
+def find(path: str, flag: str = "--resume") -> dict:
+    """The checkpoint that a flag names: that file, or the newest of a run's folder that is whole.
+
+    Of a folder, ``--init`` takes the best one if it is there.
 
     Raises:
         BadInput: there is none.
     """
-    if not os.path.isdir(path):
-        return load(Path(path))
-    try:
-        return load(Path(path, LAST))
-    except NotWhole as error:
-        previous = Path(path, PREVIOUS)
-        if not previous.exists():
-            raise
-        saved = load(previous)
-        print(f"{str(error).removeprefix('--resume: ')}\nGoing back to the one before, {previous}")
-        return saved
+    files = [Path(path)]
+    if os.path.isdir(path):
+        best = [BEST] * (flag == "--init" and Path(path, BEST).exists())
+        files = [Path(path, name) for name in (*best, LAST, PREVIOUS)]
+    while True:
+        file, *files = files
+        try:
+            return load(file)
+        except BadInput as error:
+            if not isinstance(error, NotWhole) or not files or not files[0].exists():
+                raise type(error)(f"{flag}: {error}") from error
+            print(f"{error}\nGoing back to {files[0]}")
 
 
 def load(file: Path) -> dict:
@@ -109,71 +111,51 @@ def load(file: Path) -> dict:
     Raises:
         BadInput: it can't be read, or holds something else; NotWhole where that is damage.
     """
-    checkpoint = _read(file)
+    checkpoint = read(file)
+    if isinstance(checkpoint, Opaque):
+        raise needs_code(file, checkpoint.name)
     if not isinstance(checkpoint, dict):
-        raise BadInput(f"--resume: {file} holds a {type(checkpoint).__name__}, no checkpoint: give another file")
+        raise BadInput(f"{file} holds a {type(checkpoint).__name__}, no checkpoint: give another file")
     if "format" not in checkpoint:
         checkpoint = _of_another_trainer(checkpoint)
     elif not _is_a(checkpoint["format"], int):
-        raise _damaged(file, "it has no usable 'format'")
+        raise damaged(file, "it has no usable 'format'")
     elif checkpoint["format"] != FORMAT:
-        raise BadInput(f"--resume: {file} has format {checkpoint['format']}; this version reads format {FORMAT}")
+        raise BadInput(f"{file} has format {checkpoint['format']}; this version reads format {FORMAT}")
     else:
         unusable = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
         unusable = unusable or _out_of_bounds(checkpoint)
         if unusable:
-            raise _damaged(file, f"it has no usable {unusable[0]!r}")
+            raise damaged(file, f"it has no usable {unusable[0]!r}")
         checkpoint["missing"] = []
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BadInput(f"--resume: {file} holds no weights: give another file")
+        for name, value in state.items():
+            if isinstance(value, Opaque):
+                raise needs_code(file, value.name, f"[{json.dumps(name)}]")
+        raise BadInput(f"{file} holds no weights: give another file")
     for name, value in state.items():
         if not _is_finite(value):
-            raise _damaged(file, f"not all numbers in {name} are finite")
+            raise damaged(file, f"{name} is not of finite numbers alone")
     return checkpoint | {"file": file}
 
 
-def _damaged(file: Path, reason: str) -> NotWhole:
-    return NotWhole(f"--resume: {file} is damaged: {reason}; give another file")
-
-
-def _read(file: Path) -> object:
-    """What a file of torch.save holds."""
-    if not file.is_file():
-        raise NotWhole(f"--resume: there is no checkpoint {file}")
-    is_whole = True
-    try:
-        if zipfile.is_zipfile(file):  # torch before 1.6 wrote something else, without checksums
-            with zipfile.ZipFile(file) as archive:
-                # torch takes a member with the attribute of a folder for one, and leaves what was in its memory.
-                is_whole = archive.testzip() is None and not any(part.external_attr for part in archive.infolist())
-    except OSError as error:
-        raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
-        raise _damaged(file, str(error)) from error
-    if not is_whole:
-        raise _damaged(file, "a checksum is wrong")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise BadInput(f"--resume: can't read {file}: {error.strerror}") from error
-    except Exception as error:  # of a damaged pickle, torch.load raises nearly every type there is
-        text = "is damaged, no checkpoint, or carries code, which is never run: give another file"
-        raise NotWhole(f"--resume: {file} {text}") from error
-
-
 def _of_another_trainer(checkpoint: dict) -> dict:
-    """The checkpoint of a file like pytorch-classification's, or of bare weights."""
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, dict):
-        state = {}
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    """The checkpoint of a file like pytorch-classification's, torchvision's or timm's, or of bare weights."""
+    key = next((key for key in WEIGHTS if isinstance(checkpoint.get(key), dict)), None)
+    state = checkpoint[key] if key else checkpoint
+    state = {".".join(part for part in str(name).split(".") if part not in WRAPPERS): state[name] for name in state}
     public_gates = _rename_gates(state)
-    epoch, optimizer = checkpoint.get("epoch"), checkpoint.get("optimizer")
+    epoch = checkpoint.get("epoch")
     has_epoch = _is_a(epoch, int) and epoch >= 0
+    if has_epoch and (key == "model" or "version" in checkpoint):
+        epoch += 1  # torchvision and timm name the last epoch, the others say how many are done
+    optimizer = _by_order(checkpoint.get("optimizer", checkpoint.get("optimizer_state_dict")))
     # Momenta of gates that are convolutions don't fit ours.
-    has_optimizer = isinstance(optimizer, dict) and not public_gates and _are_finite(optimizer.get("state"))
-    lacks = {"epoch": not has_epoch, "optimizer": not has_optimizer}
+    has_optimizer = not public_gates and _are_finite(optimizer.get("state"))
+    best_acc = _percent(checkpoint.get("best_acc", checkpoint.get("best_acc1")))
+    has = {"epoch": has_epoch, "optimizer": has_optimizer, "options": False, "classes": False, "log": False}
+    has |= {"best top-1": best_acc is not None, "random state": False}
     return {
         "epoch": epoch if has_epoch else 0,
         "step": 0,
@@ -182,7 +164,7 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "state_dict": state,
         "optimizer": optimizer if has_optimizer else {"state": {}},
         "scaler": {},
-        "best_acc": -1.0,
+        "best_acc": -1.0 if best_acc is None else best_acc,
         "acc": -1.0,
         "sums": Scores().sums,
         "log": [],
@@ -190,9 +172,26 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "rng": {},
         "options": {},
         "versions": versions(),
-        "missing": [name for name, is_missing in lacks.items() if is_missing]
-        + ["options", "classes", "log", "best top-1", "random state"],
+        "missing": [name for name, is_there in has.items() if not is_there],
     }
+
+
+def _by_order(optimizer: object) -> dict:
+    """An optimizer's state by the parameters' order, for which torch before 1.6 had addresses; empty if it is none."""
+    state, groups = (optimizer.get(key) if isinstance(optimizer, dict) else None for key in ("state", "param_groups"))
+    if not isinstance(state, dict) or not isinstance(groups, list):
+        return {}
+    parameters = [group.get("params") for group in groups if isinstance(group, dict)]
+    addresses = [name for names in parameters if isinstance(names, list) for name in names if isinstance(name, int)]
+    order = {address: index for index, address in enumerate(addresses)}
+    return {"state": {order.get(address, address): entry for address, entry in state.items()}}
+
+
+def _percent(value: object) -> float | None:
+    """An accuracy, if it is one: a number, or a tensor of one."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and _is_finite(value):
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 100 else None
 
 
 def _rename_gates(state: dict) -> bool:
@@ -217,7 +216,10 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         return False
     # Of one number, a tensor of any size can be made.
     stands_for_itself = tensor.nbytes <= tensor.untyped_storage().nbytes()
-    return stands_for_itself and bool(tensor.isfinite().all())
+    try:
+        return stands_for_itself and bool(tensor.isfinite().all())
+    except NotImplementedError:  # of a type that isn't for computing, such as a quantized one
+        return False
 
 
 def _are_finite(state: object) -> bool:
@@ -254,7 +256,7 @@ def describe(saved: dict) -> str:
     """What is taken from a checkpoint, and what was not in it."""
     file, missing = saved["file"], saved["missing"]
     if missing:
-        known = [name for name in ("weights", "epoch", "optimizer") if name not in missing]
+        known = [name for name in ("weights", "epoch", "optimizer", "best top-1") if name not in missing]
         return (
             f"Going on from {file}, of another trainer: its {', '.join(known)}\n"
             f"Not in it, and as this command has it: {', '.join(missing)}"
@@ -266,29 +268,69 @@ def describe(saved: dict) -> str:
     return text
 
 
-def load_weights(model: torch.nn.Module, saved: dict) -> None:
-    """Load all of the model's weights from the checkpoint's.
+def load_weights(model: torch.nn.Module, saved: dict, flag: str = "--resume") -> None:
+    """Load all of the model's weights from the checkpoint's, in the model's types.
 
     Raises:
         BadInput: names, shapes or types don't fit, with what may be the reason.
     """
-    state, file, own = saved["state_dict"], saved["file"], model.state_dict()
+    file, own = saved["file"], model.state_dict()
+    # Torch before 0.4.1 didn't count batches; to be without the count is no reason to refuse.
+    state = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | saved["state_dict"]
     missing, surplus = ([name for name in one if name not in other] for one, other in ((own, state), (state, own)))
-    if missing and not surplus and all(".gate." in f".{name}" for name in missing):
+    if missing and not surplus and all(_is_of_gate(name) for name in missing):
         raise BadInput(
-            f"--resume: {file} has no weights for the gates ({missing[0]}, ...); "
+            f"{flag}: {file} has no weights for the gates ({missing[0]}, ...); "
             "--excitation none evaluates weights that were trained without them"
         )
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"has {surplus[0]}, which the network lacks"
         more = f" and {len(missing) + len(surplus) - 1} more don't fit" if len(missing) + len(surplus) > 1 else ""
-        raise BadInput(f"--resume: {file} doesn't fit the architecture: it {what}{more}; see -a")
+        raise BadInput(f"{flag}: {file} doesn't fit the architecture: it {what}{more}; see -a")
     for name, value in own.items():
+        if value.is_floating_point() and state[name].is_floating_point():
+            state[name] = state[name].to(value.dtype)
         if (state[name].shape, state[name].dtype) != (value.shape, value.dtype):
             kinds = [f"{list(tensor.shape)} {tensor.dtype}" for tensor in (state[name], value)]
             hint = "give the architecture and as many classes as it was trained with"
-            raise BadInput(f"--resume: {file} has {name} as {kinds[0]}, and the network {kinds[1]}: {hint}")
+            raise BadInput(f"{flag}: {file} has {name} as {kinds[0]}, and the network {kinds[1]}: {hint}")
     model.load_state_dict(state)
+
+
+def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifier: str) -> None:
+    """Begin a training with the weights of ``--init``, and say what of the model they are not for.
+
+    The model keeps its own classifier where the file's is for other classes, and its own gates where the file has
+    none, or others.
+
+    Args:
+        classifier: the name of that layer.
+
+    Raises:
+        BadInput: something else doesn't fit.
+    """
+    file, own, state = saved["file"], model.state_dict(), dict(saved["state_dict"])
+    told = [f"Beginning with the weights of {file}"]
+    head = [name for name in own if name.rpartition(".")[0] == classifier]
+    rows = {tuple(state[name].shape[:1]) for name in head if name in state}
+    if rows != {(len(classes),)} or saved["classes"] not in ([], classes):
+        for name in head:
+            # One that differs in more than its rows is another network's, and is to be refused.
+            if name not in state or state[name].shape[1:] == own[name].shape[1:]:
+                state[name] = own[name]
+        told.append(f"The classifier {classifier} is made anew: {file} has none for these classes")
+    ours, theirs = ({name: tensor for name, tensor in of.items() if _is_of_gate(name)} for of in (own, state))
+    if {name: gate.shape for name, gate in ours.items()} != {name: gate.shape for name, gate in theirs.items()}:
+        # All of them: a layer of as many inputs as outputs would take a gate of the other formulation.
+        state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
+        told += [f"The gates of {file} are left out: the network has {'others' if ours else 'none'}"] * bool(theirs)
+        told += [f"The gates are made anew: {file} has {'others' if theirs else 'none'}"] * bool(ours)
+    load_weights(model, saved | {"state_dict": state}, "--init")
+    print("\n".join(told))
+
+
+def _is_of_gate(name: str) -> bool:
+    return ".gate." in f".{name}"
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -301,11 +343,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     entries = saved["optimizer"]["state"]
     momenta = [entries.get(index, {}).get("momentum_buffer") for index in range(len(entries))]
     fits = len(momenta) in (0, len(parameters)) and all(
-        momentum is not None and (momentum.shape, momentum.dtype) == (parameter.shape, parameter.dtype)
+        momentum is not None and momentum.is_floating_point() and momentum.shape == parameter.shape
         for parameter, momentum in zip(parameters, momenta, strict=False)
     )
     if not fits:
-        raise _damaged(saved["file"], "its optimizer doesn't fit the run")
+        raise BadInput(
+            f"--resume: the optimizer in {saved['file']} doesn't fit this run's; --init takes the weights alone"
+        )
     for parameter, momentum in zip(parameters, momenta, strict=False):
         # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
         optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
@@ -321,14 +365,14 @@ def load_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
         own, state = scaler.state_dict(), saved["scaler"]
         same = {name: type(value) for name, value in own.items()} == {name: type(state[name]) for name in state}
         if not same or not all(math.isfinite(value) and value >= 0 for value in state.values()):
-            raise _damaged(saved["file"], "its gradient scaler doesn't fit the run")
+            raise damaged(f"--resume: {saved['file']}", "its gradient scaler doesn't fit the run")
         scaler.load_state_dict(state)
     if saved["missing"]:
         return
     try:
         set_random_state(saved["rng"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:  # what torch raises for other values
-        raise _damaged(saved["file"], "its random state doesn't fit the run") from error
+        raise damaged(f"--resume: {saved['file']}", "its random state doesn't fit the run") from error
 
 
 def random_state() -> dict:

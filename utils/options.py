@@ -30,17 +30,17 @@ DEMO = {
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
-ONCE = ("checkpoint", "demo", "evaluate", "export", "overwrite", "resume", "start_epoch", "visualize")
+ONCE = ("checkpoint", "demo", "evaluate", "export", "init", "overwrite", "resume", "start_epoch", "visualize")
 # Options that say where a run begins.
-BEGINNING = ("pretrained", "start_epoch")
+BEGINNING = ("init", "pretrained", "start_epoch")
 # Options that may differ between the processes of a run.
-OWN = ("checkpoint", "data", "gpu_id", "resume", "workers")
+OWN = ("checkpoint", "data", "gpu_id", "init", "resume", "workers")
 
 
 def resolve(
     parser: Parser, argv: list[str], excited: Sequence[str], architectures: Sequence[str]
-) -> tuple[argparse.Namespace, dict | None]:
-    """The options of a command, and the checkpoint that --resume names.
+) -> tuple[argparse.Namespace, dict | None, dict | None]:
+    """The options of a command, and the checkpoints that --resume and --init name.
 
     Args:
         excited, architectures: names of networks: those whose excitation is ``we`` by default, and all.
@@ -55,8 +55,13 @@ def resolve(
     demo = DEMO if "demo" in given else {}
     if distributed.RESTARTS:
         given = of_restart(given, folder_of(defaults | demo | given))
-    saved = checkpoint.find(given["resume"]) if "resume" in given else None
+    for name in ("resume", "pretrained", "evaluate", "export", "visualize") if "init" in given else ():
+        refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
+    saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
     run = of_checkpoint(parser, saved) if saved else {}
+    if init:  # of the options of its run, if it has them, those that make the network
+        options = of_checkpoint(parser, init, "--init")
+        run = {name: options[name] for name in ("arch", *NETWORK) if name in options}
     args = argparse.Namespace(**defaults | demo | run | given)
     args.checkpoint = folder_of(vars(args))
     if args.excitation is None and args.arch in excited:
@@ -71,7 +76,7 @@ def resolve(
     check_outputs(args, saved, given)
     check_training(args)
     check_network(args, excited, architectures)
-    return args, saved
+    return args, saved, init
 
 
 def folder_of(options: dict) -> str:
@@ -97,8 +102,8 @@ def typed(args: argparse.Namespace, name: str) -> str:
     return f"{flag(name)} {getattr(args, name)}"
 
 
-def of_checkpoint(parser: Parser, saved: dict) -> dict:
-    """The options of a checkpoint's run; it goes on in the folder of its file.
+def of_checkpoint(parser: Parser, saved: dict, named: str = "--resume") -> dict:
+    """The options of the run of a checkpoint, which a flag named; it goes on in the folder of its file.
 
     Raises:
         BadInput: one of them couldn't have been given.
@@ -114,7 +119,7 @@ def of_checkpoint(parser: Parser, saved: dict) -> dict:
         is_list = action is not None and isinstance(action.default, list)
         refuse(
             not is_usable or is_list != isinstance(value, list),
-            f"--resume: {saved['file']} is damaged: its options have {name} {value}, which no run has",
+            f"{named}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
         )
     return saved["options"] | {"checkpoint": str(saved["file"].parent)}
 
@@ -211,8 +216,8 @@ def common(args: argparse.Namespace) -> dict:
 
 def command(args: argparse.Namespace) -> str:
     """The command with every option of the run."""
-    words = []
-    for name, value in (of_run(args) | {"checkpoint": args.checkpoint, "resume": args.resume}).items():
+    words, begin = [], {name: getattr(args, name) for name in ("checkpoint", "init", "resume")}
+    for name, value in (of_run(args) | begin).items():
         if isinstance(value, list):
             words += [flag(name), *map(str, value)]
         elif isinstance(value, bool):

@@ -10,7 +10,8 @@ from utils.errors import BadInput, RunFailed
 FAILURES = [(BadInput("--lr: two\nlines"), 2, "--lr: two lines"), (RunFailed("a reason"), 1, "a reason"),
     (KeyboardInterrupt(), 130, "nothing was written"), (OSError(), 1, "OSError"), (OSError("a\n\nlast"), 1, ": last"),
     (MemoryError(), 1, "lower --train-batch"), (torch.distributed.DistNetworkError("gone"), 1, "another process"),
-    (ZeroDivisionError(), None, "")]  # fmt: skip
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--test-batch"),
+    (RuntimeError("Too many open files. Communication"), 1, "ulimit -n"), (ZeroDivisionError(), None, "")]  # fmt: skip
 
 
 @pytest.mark.parametrize("error, status, text", FAILURES)

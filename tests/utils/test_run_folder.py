@@ -16,7 +16,7 @@ from utils.logger import CURVES, LOG, Logger
 from utils.meters import Scores
 from utils.run_folder import COMMAND, LOCK, RunFolder
 
-CALLS = ("open", "fdopen", "fsync", "chmod", "link", "replace", "unlink", "close")
+CALLS = (*((os, name) for name in ("open", "fsync", "link", "replace", "unlink", "close")), (Path, "open"))
 
 
 def save(run: RunFolder, epoch: int) -> bool:
@@ -38,21 +38,22 @@ def fail_at(monkeypatch, at: int, dies: bool) -> list[str]:
     """Let one of the system calls that write fail, or the process end there; the calls gather in the list."""
     calls = []
 
-    def replace(name: str, original) -> None:
+    def replace(place, name: str, original) -> None:
         def call(*words, **options):
             calls.append(name)
             if len(calls) != at:
                 return original(*words, **options)
-            if name == "fdopen":  # half of the file is written
-                os.write(words[0], bytes(500))
+            if place is Path:  # half of the file is written
+                with open(words[0], "wb") as file:  # noqa: PTH123
+                    file.write(bytes(500))
             if dies:
                 os._exit(9)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(os, name, call)
+        monkeypatch.setattr(place, name, call)
 
-    for name in CALLS:
-        replace(name, getattr(os, name))
+    for place, name in CALLS:
+        replace(place, name, getattr(place, name))
     return calls
 
 
@@ -84,7 +85,7 @@ def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
             assert save(run, 4)
         assert epochs(folder, LAST, PREVIOUS, BEST) == [4, saved["epoch"], 4]
         assert {*os.listdir(folder)} == {LOCK, LAST, PREVIOUS, BEST, LOG, CURVES}
-    assert at > 25
+    assert at > 20
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_one_that_does_not_the_one_before(tmp_path, monkeypatch):
