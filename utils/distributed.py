@@ -153,9 +153,10 @@ def join_others(device: torch.device) -> None:
         BadInput: only some have a GPU.
     """
     # Over a restart, torchrun keeps its store, with the addresses of the processes that are gone.
-    store = dist.PrefixStore(f"restart {RESTARTS}", next(dist.rendezvous("env://", RANK, PROCESSES))[0])
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart {RESTARTS}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=PROCESSES, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     check_same(device.type)  # by gloo, before one waits for another in NCCL
 
 
