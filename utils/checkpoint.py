@@ -97,7 +97,9 @@ def find(path: str, flag: str = "--resume") -> dict:
             return load(file)
         except BadInput as error:
             if not isinstance(error, NotWhole) or not files or not files[0].exists():
-                raise type(error)(f"{flag}: {error}") from error
+                best = Path(path, BEST)
+                hint = f"; {flag} {best} begins with the best epoch" if best.exists() else ""
+                raise type(error)(f"{flag}: {error}{hint}") from error
             print(f"{error}\nGoing back to {files[0]}")
 
 

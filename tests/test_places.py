@@ -1,0 +1,166 @@
+"""The command in the places where people run it: containers, notebooks, daemons, odd file systems."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.helpers import EXCITED, PATIENCE, ROOT, run_command
+from utils import data, demo
+from utils.checkpoint import BEST, LAST, PREVIOUS
+from utils.run_folder import LOCK
+
+NOTEBOOK = "module://matplotlib_inline.backend_inline"
+
+
+def run_process(*words, before: Callable[[], None] | None = None, **environment) -> subprocess.CompletedProcess:
+    """Run Python with these words and this addition to the environment; ``before`` is called in the new process."""
+    options = {"cwd": ROOT, "env": os.environ | environment, "preexec_fn": before, "timeout": PATIENCE}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, **options)
+
+
+def train(images: Path, folder: Path, *words, **options) -> subprocess.CompletedProcess:
+    """An epoch of l_tiny, in a process of its own."""
+    command = ("-m", "tests.helpers", *EXCITED, "-d", images, "-c", folder, "--epochs", 1, *words)
+    return run_process(*command, **options)
+
+
+def assert_failed(ended: subprocess.CompletedProcess | SimpleNamespace, *texts: str) -> None:
+    """By one line on standard error that has these texts."""
+    err = ended.stderr if isinstance(ended, subprocess.CompletedProcess) else ended.err
+    lines = [line for line in err.splitlines() if "UserWarning" not in line and not line.startswith("  ")]
+    assert len(lines) == 1, err
+    assert all(text in lines[0] for text in ("imagenet.py: ", *texts)), err
+
+
+# --- containers
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("failing", ["_share_fd_cpu_", "_share_filename_cpu_"])
+def test_shared_memory_that_is_full(command, images, run, tmp_path, monkeypatch, failing, evaluates):
+    def full(storage, *arguments):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, failing, full)  # the workers inherit it
+    strategy = "file_system" if "filename" in failing else "file_descriptor"
+    monkeypatch.setattr(torch.multiprocessing, "_sharing_strategy", strategy)
+    words = ["-e", "--resume", run] if evaluates else [*EXCITED, "-d", images, "-c", tmp_path / "new"]
+    ended = command(*words, "-j", 2)
+    assert ended.status == 1
+    assert_failed(ended, "can't hand over a batch (RuntimeError: unable", "--shm-size or --ipc=host", "TMPDIR", "-j 0")
+
+
+def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
+    (long := tmp_path / ("long" * 25)).mkdir()
+    ended = train(images, tmp_path / "run", "-j", 1, TMPDIR=str(long))
+    assert ended.returncode == 1
+    assert_failed(ended, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["512k", "5m"])
+def test_a_small_dev_shm(images, tmp_path, size):
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    program = [sys.executable, "-m", "tests.helpers", *EXCITED, "-d", images, "-c", tmp_path, "-j", 1]
+    words = ["--image-size", 1000, "--train-batch", 8]
+    argv = [*namespace, "bash", "-c", mount, "bash", *program, *words]
+    ended = subprocess.run([*map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 1
+    assert "/dev/shm has " in ended.stdout
+    assert_failed(ended, "can't hand over a batch", "No space left on device", "--shm-size")
+
+
+def test_less_shared_memory_than_the_workers_may_hold(monkeypatch, capsys):
+    args = Namespace(workers=4, evaluate=False, train_batch=256, test_batch=200, image_size=224)
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
+    for free, told in ((64, "/dev/shm has 64 MiB free, and batches for 4 workers may take 294: "), (295, "")):
+        monkeypatch.setattr(os, "statvfs", lambda path, free=free: Namespace(f_bavail=free, f_frsize=2**20))
+        data.warn_of_shared_memory(args)
+        out = capsys.readouterr().out
+        assert out.startswith(told) and bool(out) == bool(told)
+
+
+def test_few_open_files(images, tmp_path):
+    ended = train(images, tmp_path, "-j", 4, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
+    assert ended.returncode == 1
+    assert_failed(ended, "too many open files: lower --workers")
+
+
+# --- notebooks
+
+
+def test_a_notebooks_backend_that_is_not_here(images, finished, tmp_path):
+    ended = train(images, tmp_path / "run", "--demo", MPLBACKEND=NOTEBOOK)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = run_process("-m", "utils.logger", finished, "--out", tmp_path / "curves.png", MPLBACKEND=NOTEBOOK)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "curves.png").exists()
+
+
+# --- daemons
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_closed_streams(closed):
+    code = "import sys, os, utils.start; print(1); print(1, file=sys.stderr); sys.exit(os.open(os.devnull, 0))"
+    assert run_process("-c", code, before=lambda: [os.close(number) for number in closed]).returncode == 3
+
+
+def test_a_run_without_streams(images, tmp_path):
+    ended = train(images, tmp_path, before=lambda: [os.close(number) for number in (0, 1, 2)])
+    assert ended.returncode == 0
+    assert (tmp_path / LOCK).read_text().startswith("process ")
+    assert (tmp_path / LAST).exists()
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    ended = run_process("-c", "import imagenet", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "interrupted; nothing was written\n")
+
+
+# --- file systems
+
+
+def test_modes_links_and_times_that_are_refused(command, images, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("chmod", "fchmod", "lchmod", "link", "symlink", "utime", "chown"):
+        monkeypatch.setattr(os, name, refuse, raising=False)
+    folder = tmp_path / "run"
+    assert command(*EXCITED, "-d", images, "-c", folder, "--epochs", 2).status == 0
+    assert command("--resume", folder, "--epochs", 3).err == ""
+    assert not (folder / PREVIOUS).exists()  # which is a link
+    monkeypatch.setattr(demo, "IMAGES", {"train": 1, "val": 1})
+    demo.draw_demo(tmp_path / "demo")
+
+
+def test_a_folder_of_which_the_best_is_left(command, run):
+    (run / LAST).unlink()
+    (run / PREVIOUS).unlink(missing_ok=True)
+    ended = command("--resume", run, "--epochs", 3)
+    assert ended.status == 2
+    assert_failed(ended, f"there is no checkpoint {run / LAST}; --resume {run / BEST} begins with the best epoch")
+
+
+def test_data_that_a_resumed_run_does_not_find(command, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    assert run_command(*EXCITED, "-d", images.name, "--epochs", 1, "-c", tmp_path / "run") == 0
+    monkeypatch.chdir(tmp_path)
+    ended = command("--resume", "run", "--epochs", 2)
+    assert ended.status == 2
+    assert_failed(ended, f"--data: run/{LAST} names {images.name}, which isn't here; name it by --data DIR")
