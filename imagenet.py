@@ -10,9 +10,7 @@ torchrun --nproc-per-node 4 imagenet.py ...              the same, in several pr
 import utils.start  # isort: skip  # noqa: F401
 
 import argparse
-import io
 import math
-import os
 from collections import deque
 from collections.abc import Iterator
 
@@ -20,16 +18,15 @@ import torch
 from torch import nn
 
 import models
-from models.inspection import inspect_layers
 from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
-from utils import checkpoint, command, distributed, options, pictures
+from utils import checkpoint, command, distributed, options, outputs
 from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
 from utils.classifier import Classifier, classify
 from utils.data import Batch, Data
-from utils.errors import BadInput, NotFinite, RunFailed
-from utils.files import write_output
+from utils.errors import NotFinite, RunFailed
 from utils.logger import Logger
 from utils.meters import Progress, Reading, Scores
+from utils.predictions import Predictions
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
 
@@ -80,6 +77,7 @@ def build_parser() -> Parser:
     add("--keep-freq", **NATURAL, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")
     add("--resume", type=path, metavar="RUN", help="continue a run: its folder, or a checkpoint file")
     add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
+    add("--predictions", type=path, metavar="FILE", help="with -e, write a row of text for each image")
     add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
     add("--visualize", **FOLDER, help="draw the weights and gates of --resume")
 
@@ -93,24 +91,29 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """One command, whose steps follow in their order after --export and --visualize; returns the exit status."""
+    """One command, whose steps follow in their order; returns the exit status."""
     args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
     if args.export or args.visualize:
-        write = export if args.export else visualize
-        return write(args, saved) if distributed.RANK == 0 else 0
+        if distributed.RANK == 0:
+            write = outputs.export if args.export else outputs.visualize
+            write(args, saved, create_model(args, saved["classes"], saved))
+        return 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
         print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
         return 0
 
     if not args.evaluate:
-        folder = RunFolder(args.checkpoint, saved, os.path.isfile(args.resume or ""), overwrite=args.overwrite)
+        folder = RunFolder(args.checkpoint, saved, args.resume, args.overwrite)
     devices = distributed.join(args)
     data = Data(args, devices[0], saved)
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved or init)
     if args.evaluate:
-        scores = validate(model, data, devices, args, Stop())
+        predictions = Predictions(data) if args.predictions else None
+        scores = validate(model, data, devices, args, Stop(), predictions)
         print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
+        if predictions:
+            predictions.report(args.predictions)
         distributed.leave()
         return 0
 
@@ -129,36 +132,13 @@ def main(argv: list[str]) -> int:
         return folder.describe_end(run.best_acc, args.demo)
 
 
-def export(args: argparse.Namespace, saved: dict) -> int:
-    """Write the folded weights as a plain state_dict, and say how to load it."""
-    contents, classes = io.BytesIO(), len(saved["classes"])
-    torch.save(fold(create_model(args, saved["classes"], saved)).state_dict(), contents)
-    write_output("--export", args.export, contents.getbuffer())
-    print(f"{args.export}: the plain weights of {saved['file']}, which load without this project:")
-    print(models.loading_lines(args.arch, classes, args.cardinality, args.base_width, args.image_size, args.export))
-    return 0
-
-
-def visualize(args: argparse.Namespace, saved: dict) -> int:
-    """Draw what excitation does to the run's weights."""
-    layers = list(inspect_layers(create_model(args, saved["classes"], saved)))
-    if not layers:
-        raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
-    place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
-    for name, picture in pictures.draw(layers, f"{options.describe_network(args)}, {place}").items():
-        write_output("--visualize", os.path.join(args.visualize, name), picture)
-        print(os.path.join(args.visualize, name))
-    return 0
-
-
 def create_model(args: argparse.Namespace, classes: list[str], saved: dict | None) -> nn.Module:
     """The network with the weights to begin with, on the CPU."""
     pretrained = args.pretrained and saved is None
     torch.manual_seed(args.seed)
     with options.refusing_network(args):
-        known = models.pretrained_classes(args.arch) if pretrained and args.evaluate else len(classes)
-        if known != len(classes):
-            raise ValueError(f"its weights are for {known} classes, --data has {len(classes)}")
+        if pretrained and args.evaluate:
+            models.check_pretrained_classes(args.arch, len(classes))
         settings = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
         model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **settings)
     if args.init:
@@ -172,8 +152,7 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
     """The same, checked to take the images, on the first device."""
     model = create_model(args, data.classes, saved)
     with options.refusing_network(args):
-        part = distributed.smallest_part(args.train_batch, devices)
-        models.check_input(model, part, args.image_size, training=not args.evaluate)
+        models.check_input(model, distributed.smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
     if args.sync_bn and distributed.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {models.describe(model)}")
@@ -188,8 +167,7 @@ class Run:
         self.args, self.model, self.data, self.devices = args, model, data, devices
         if args.compile:
             model.compile()
-        classifier = Classifier(model, args.amp, args.channels_last)
-        self.network = distributed.parallel(classifier, devices)  # over all of them
+        self.network = distributed.parallel(Classifier(model, args.amp, args.channels_last), devices)
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
         for parameter in model.parameters() if args.momentum else ():
@@ -302,7 +280,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
         for index, batch in enumerate(micro_batches, 1):
             # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
             with distributed.reduce_if(index == args.iter_size, network):
-                loss, batch_sum = classify(network, batch, run.devices[0])
+                loss, batch_sum, _ = classify(network, batch, run.devices[0])
                 scaler.scale(loss / args.iter_size).backward()
             sums = sums + batch_sum
     scaler.unscale_(run.optimizer)
@@ -322,7 +300,14 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, data: Data, devices: list[torch.device], args: argparse.Namespace, stop: Stop) -> Scores:
+def validate(
+    model: nn.Module,
+    data: Data,
+    devices: list[torch.device],
+    args: argparse.Namespace,
+    stop: Stop,
+    predictions: Predictions | None = None,
+) -> Scores:
     """Scores over all validation images, on folded weights: excited once, and then plain convolutions."""
     distributed.share_buffers(model)
     folded = fold(model).eval()
@@ -336,7 +321,10 @@ def validate(model: nn.Module, data: Data, devices: list[torch.device], args: ar
             sums[5] += 1
             break
         if len(batch.images) > 0:
-            sums[:5] += classify(network, batch, devices[0])[1]
+            _, batch_sum, logits = classify(network, batch, devices[0])
+            sums[:5] += batch_sum
+            if predictions:
+                predictions.add(batch, logits)
         else:  # none could be decoded, or this process has no part of a small batch
             sums[4] += batch.bad
     *sums, stopping = distributed.total(sums).tolist()

@@ -167,18 +167,24 @@ def loading_lines(arch: str, num_classes: int, cardinality: int, base_width: int
     )
 
 
-def pretrained_classes(arch: str) -> int:
-    """How many classes torchvision's default weights of the architecture know."""
-    return len(torchvision.models.get_model_weights(arch).DEFAULT.meta["categories"])
+def check_pretrained_classes(arch: str, num_classes: int) -> None:
+    """See that torchvision's default weights of the architecture are for so many classes.
+
+    Raises:
+        ValueError: they are for others.
+    """
+    known = len(torchvision.models.get_model_weights(arch).DEFAULT.meta["categories"])
+    if known != num_classes:
+        raise ValueError(f"its weights are for {known} classes, --data has {num_classes}")
 
 
-def check_input(model: nn.Module, batch: int, image_size: int, training: bool) -> None:
+def check_input(model: nn.Module, batch: int, image_size: int, evaluates: bool) -> None:
     """Send the shape of a batch, and no numbers, through the network.
 
     Raises:
         ValueError: a layer refuses it: images too small, or one value for each channel under a training BatchNorm.
     """
-    shapes = fold(model).to("meta").train(training)
+    shapes = fold(model).to("meta").train(not evaluates)
     try:
         with torch.no_grad():
             shapes(torch.zeros(batch, 3, image_size, image_size, device="meta"))

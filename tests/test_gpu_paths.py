@@ -518,8 +518,8 @@ def test_a_step_that_is_not_finite_names_itself(monkeypatch, around, steps, amp,
 
     def damaged(*inputs):
         states.append(state(run))
-        loss, sums = classify(*inputs)
-        return (loss * factors[0], sums * factors[1]) if len(states) == 3 else (loss, sums)
+        loss, sums, logits = classify(*inputs)
+        return (loss * factors[0], sums * factors[1], logits) if len(states) == 3 else (loss, sums, logits)
 
     monkeypatch.setattr(imagenet, "classify", damaged)
     run = run_of(network(), f"--amp {amp}", CPU[:1])

@@ -383,12 +383,12 @@ def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, m
     classify, calls = imagenet.classify, iter(range(10**6))
 
     def failing(*inputs):
-        loss, sums = classify(*inputs)
+        loss, *rest = classify(*inputs)
         if loss.requires_grad and next(calls) == 4:  # micro-batch 5
             # The root's gradient is infinite at zero, its value is not.
             loss = loss * math.nan if kind == "loss" else loss + (loss - loss.detach()).sqrt()
-            sums = sums * loss.detach() / loss.detach()
-        return loss, sums
+            rest[0] *= loss.detach() / loss.detach()
+        return loss, *rest
 
     run, step = tmp_path / "parts", 5 if iter_size == 1 else 2
     monkeypatch.setattr(imagenet, "classify", failing)
@@ -408,8 +408,8 @@ def test_fp16_does_not_skip_for_ever(command, images, tmp_path, monkeypatch):
     classify = imagenet.classify
 
     def failing(*inputs):
-        loss, sums = classify(*inputs)
-        return (loss + (loss - loss.detach()).sqrt() if loss.requires_grad else loss), sums
+        loss, *rest = classify(*inputs)
+        return (loss + (loss - loss.detach()).sqrt() if loss.requires_grad else loss), *rest
 
     monkeypatch.setattr(imagenet, "classify", failing)
     words = ["--train-batch", 1, "--epochs", 20, "--amp", "fp16"]

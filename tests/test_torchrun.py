@@ -107,9 +107,11 @@ def test_several_processes_train_as_one(command, float64, tmp_path, formulation,
 
 
 def test_several_processes_evaluate_as_one_and_one_exports(command, run):
-    one = command("-e", "--resume", run).out.splitlines()[-1]
-    assert several(3, "as-it-is", "-e", "--resume", run).splitlines()[-1] == one
-    assert "over 7 images" in one
+    words = ["-e", "--resume", run, "--predictions"]
+    one = command(*words, run / "one.tsv").out.splitlines()[-4:-1]
+    assert several(3, "as-it-is", *words, run / "three.tsv").splitlines()[-4:-1] == one
+    assert "over 7 images" in one[0]
+    assert (run / "one.tsv").read_text() == (run / "three.tsv").read_text()
     several(2, "as-it-is", "--resume", run, "--export", run / "plain.pth")
     assert (run / "plain.pth").exists()
 

@@ -28,8 +28,8 @@ class Classifier(nn.Module):
             return self.model(normalize(images, self.dtype, self.layout)).to(self.dtype)
 
 
-def classify(network: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The mean loss of a batch, in nats, and what the batch adds to the scores.
+def classify(network: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss of a batch, in nats, what the batch adds to the scores, and its logits, (N, classes).
 
     Args:
         network: a :class:`Classifier`, perhaps over several devices.
@@ -40,7 +40,7 @@ def classify(network: nn.Module, batch: Batch, device: torch.device) -> tuple[Te
     targets = batch.targets.to(device, non_blocking=True)
     logits = network(images)
     loss = F.cross_entropy(logits, targets)
-    return loss, batch_sums(logits, targets, loss, batch.bad)
+    return loss, batch_sums(logits, targets, loss, batch.bad), logits
 
 
 def normalize(images: Tensor, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +53,7 @@ class Sample(NamedTuple):
     target: int
     reasons: list[str]
     failure: str | None = None  # of the machine, which is no fault of an image
+    index: int = -1  # in its folder
 
 
 class Batch(NamedTuple):
@@ -63,6 +64,7 @@ class Batch(NamedTuple):
     bad: int
     reasons: list[str]
     failure: str | None = None  # of the machine, which ends the run
+    indices: Sequence[int] = ()  # of the images in their folder
 
 
 class ImageFolder(Dataset):
@@ -136,7 +138,7 @@ class ImageFolder(Dataset):
             else:
                 # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
                 pixels = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
-            return Sample(pixels, self.target(candidate), reasons)
+            return Sample(pixels, self.target(candidate), reasons, index=candidate)
         return Sample(None, -1, reasons)
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
@@ -436,7 +438,7 @@ def _collate(samples: list[Sample]) -> Batch:
     bad = sum(len(sample.reasons) > 0 for sample in samples)
     reasons = [reason for sample in samples for reason in sample.reasons]
     failure = next((sample.failure for sample in samples if sample.failure), None)
-    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure)
+    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure, [sample.index for sample in good])
 
 
 _workers: list[multiprocessing.Process] = []  # those that load images for this process

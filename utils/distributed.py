@@ -207,6 +207,15 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def gather(rows: list) -> list:
+    """The rows of all processes, on every one of them."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * PROCESSES
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
 def largest(value: int) -> int:
     """The largest value of all processes, on every one of them."""
     if not dist.is_initialized():

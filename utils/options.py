@@ -30,7 +30,8 @@ DEMO = {
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
 # Options of one command, which a run doesn't hand on to the command that resumes it.
-ONCE = ("checkpoint", "demo", "evaluate", "export", "init", "overwrite", "resume", "start_epoch", "visualize")
+OUTPUTS = ("evaluate", "export", "predictions", "visualize")
+ONCE = ("checkpoint", "demo", "init", "overwrite", "resume", "start_epoch", *OUTPUTS)
 # Options that say where a run begins.
 BEGINNING = ("init", "pretrained", "start_epoch")
 # Options that may differ between the processes of a run.
@@ -161,6 +162,7 @@ def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> 
     outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
     if len(outputs) > 1:
         raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
+    refuse(args.predictions and not args.evaluate, "--predictions: it needs -e, and --resume or --pretrained")
     if args.evaluate:
         has_weights = saved is not None or args.pretrained
         refuse(not has_weights, "--evaluate: there are no weights; give --resume FILE or --pretrained")
@@ -174,8 +176,9 @@ def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> 
             raise BadInput(f"{flag(outputs[0])}: {saved['file']} is of another trainer; its options are not known")
     if distributed.RANK > 0:  # the first process writes, and may have done so by now
         return
-    if args.export:
-        refuse_existing("--export", args.export, args.overwrite)
+    for name in ("export", "predictions"):
+        if getattr(args, name):
+            refuse_existing(flag(name), getattr(args, name), args.overwrite)
     for name in pictures.NAMES if args.visualize else ():
         refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
 

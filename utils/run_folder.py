@@ -29,15 +29,18 @@ class RunFolder:
     Args:
         folder: need not be there yet.
         saved: the checkpoint that the run begins with; beside it, the run goes on in its own folder.
-        chosen: whether the user named that file, and not the run's folder.
+        resume: how the user named it: by that file, or by the run's folder.
         overwrite: whether the run may replace another, or a later checkpoint of its own.
 
     Raises:
         BadInput: a run would be lost, or the folder can't be written.
     """
 
-    def __init__(self, folder: str | Path, saved: dict | None = None, chosen: bool = False, overwrite: bool = False):
-        self.folder, self.chosen, self.overwrite = Path(folder), chosen, overwrite
+    def __init__(
+        self, folder: str | Path, saved: dict | None = None, resume: str | Path | None = None, overwrite: bool = False
+    ):
+        self.folder, self.overwrite = Path(folder), overwrite
+        self.chosen = resume is not None and os.path.isfile(resume)
         is_own = saved is not None and not saved["missing"]  # another trainer's folder isn't ours to go on in
         self.resumed = saved["file"] if is_own and saved["file"].parent.resolve() == self.folder.resolve() else None
         self.has_last = self.resumed is not None and self.resumed.name == LAST  # which is whole, and of this run

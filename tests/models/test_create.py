@@ -63,13 +63,13 @@ def test_sizes():
     with pytest.raises(ValueError, match="patch size"):
         models.create("vit_b_32", image_size=65)
     model = models.create("inception_v3", num_classes=2)
-    models.check_input(model, 2, 96, training=True)
+    models.check_input(model, 2, 96, evaluates=False)
     with pytest.raises(ValueError, match="input size"):
-        models.check_input(model, 2, 32, training=True)
+        models.check_input(model, 2, 32, evaluates=False)
     model = models.create("resnet18", num_classes=2)
-    models.check_input(model, 1, 32, training=False)
+    models.check_input(model, 1, 32, evaluates=True)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        models.check_input(model, 1, 32, training=True)
+        models.check_input(model, 1, 32, evaluates=False)
 
 
 def test_widths_that_group_norm_cannot_divide():

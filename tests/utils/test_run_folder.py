@@ -176,9 +176,9 @@ def test_the_previous_checkpoint_is_one_that_was_whole(tmp_path):
     with RunFolder(tmp_path) as run:
         assert save(run, 1) and save(run, 2)
     with pytest.raises(BadInput, match="would replace the later"):
-        RunFolder(tmp_path, load(tmp_path / PREVIOUS), chosen=True)
+        RunFolder(tmp_path, load(tmp_path / PREVIOUS), tmp_path / PREVIOUS)
     (tmp_path / LAST).write_bytes(b"damaged")
-    with RunFolder(tmp_path, load(tmp_path / PREVIOUS), chosen=True, overwrite=True) as run:
+    with RunFolder(tmp_path, load(tmp_path / PREVIOUS), tmp_path / PREVIOUS, overwrite=True) as run:
         for epoch in (2, 3):
             run.write({LAST: serialize(tiny_checkpoint(epoch))})
             assert epochs(tmp_path, LAST, PREVIOUS) == [epoch, epoch - 1]

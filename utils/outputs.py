@@ -1,0 +1,34 @@
+"""What --export and --visualize write of a run."""
+
+import argparse
+import io
+import os
+
+import torch
+from torch import nn
+
+import models
+from models.inspection import inspect_layers
+from utils import options, pictures
+from utils.errors import BadInput
+from utils.files import write_output
+
+
+def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
+    """Write the folded weights as a plain state_dict, and say how to load it."""
+    contents, classes = io.BytesIO(), len(saved["classes"])
+    torch.save(models.fold(model).state_dict(), contents)
+    write_output("--export", args.export, contents.getbuffer())
+    print(f"{args.export}: the plain weights of {saved['file']}, which load without this project:")
+    print(models.loading_lines(args.arch, classes, args.cardinality, args.base_width, args.image_size, args.export))
+
+
+def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
+    """Draw what excitation does to the run's weights."""
+    layers = list(inspect_layers(model))
+    if not layers:
+        raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
+    place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
+    for name, picture in pictures.draw(layers, f"{options.describe_network(args)}, {place}").items():
+        write_output("--visualize", os.path.join(args.visualize, name), picture)
+        print(os.path.join(args.visualize, name))

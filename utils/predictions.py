@@ -1,0 +1,56 @@
+"""What a network says of each validation image, for -e --predictions."""
+
+from torch import Tensor
+
+from utils import distributed
+from utils.data import VAL, Batch, Data
+from utils.files import write_output
+
+COLUMNS = ("path", "class", "guess", "probability of the guess", "rank of the class")
+MOST_CLASSES = 20  # of which each one's accuracy is printed
+WORST = 5  # that are, of more
+
+
+class Predictions:
+    """Gathers a validation's guesses, and tells of them.
+
+    Args:
+        data: whose validation it is.
+    """
+
+    def __init__(self, data: Data):
+        self.data = data
+        self.rows: list[tuple[int, int, int, float, int]] = []  # index, class, guess, probability, rank
+
+    def add(self, batch: Batch, logits: Tensor) -> None:
+        """Add those of a batch, from its logits (N, classes)."""
+        targets = batch.targets.to(logits.device)
+        probabilities, guesses = logits.double().softmax(1).max(1)
+        ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(1)
+        columns = (targets, guesses, probabilities, ranks)
+        self.rows += zip(batch.indices, *(column.tolist() for column in columns), strict=True)
+
+    def report(self, file: str) -> None:
+        """Print the accuracy of each class, or of the worst ones, and write a row for each image; in all processes.
+
+        Raises:
+            BadInput: the file can't be written.
+        """
+        rows, classes = sorted(distributed.gather(self.rows)), self.data.classes
+        if distributed.RANK > 0:
+            return
+        hits = [[] for _ in classes]
+        for _, target, guess, *_ in rows:
+            hits[target].append(guess == target)
+        accuracy = {label: 100 * sum(hit) / len(hit) for label, hit in enumerate(hits) if hit}
+        if len(classes) > MOST_CLASSES:
+            accuracy = {label: accuracy[label] for label in sorted(accuracy, key=accuracy.get)[:WORST]}
+            print(f"The worst of {len(classes)} classes:")
+        for label, top1 in accuracy.items():
+            print(f"  {classes[label]}: top-1 {top1:.2f} over {len(hits[label])} images")
+        lines = ["\t".join(COLUMNS)]
+        for index, target, guess, probability, rank in rows:
+            path = self.data.folders[VAL].path(index).replace("\t", "\\t").replace("\n", "\\n")
+            lines.append(f"{path}\t{classes[target]}\t{classes[guess]}\t{probability:.4f}\t{rank}")
+        write_output("--predictions", file, "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+        print(f"{file}: a row for each of {len(rows)} images")
