@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .excitation import ChannelGate, LocationGate, activation_map
 from .imagenet import resnet, resnext
-from .layers import FORMULATIONS, Conv2d, excite, fold, is_depthwise
+from .layers import FORMULATIONS, KINDS, ExcitedConv, excite, fold, is_depthwise
 
 EXCITED = {
     name: constructor
@@ -41,7 +41,7 @@ def create(
         pretrained: torchvision's default weights; there are none for l_*.
         excitation: ``we``, ``mwe``, ``lwe`` or ``none``; None is ``we`` for l_* and an untouched network for
             torchvision's. Where it is given for those, the convolutions that a norm follows are excited.
-        formulation, standardize: as for :class:`models.layers.Conv2d`.
+        formulation, standardize: as for :class:`models.layers.ExcitedConv`.
         cardinality, base_width: of l_resnext*.
         drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.
         image_size: for the torchvision architectures that are built for one size.
@@ -72,8 +72,8 @@ def create(
 def describe(model: nn.Module) -> str:
     """A model's parameters and what excites its weights, in words."""
     total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    every = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    convs = [conv for conv in every if isinstance(conv, Conv2d) and conv.excites]
+    every = [module for module in model.modules() if isinstance(module, tuple(KINDS))]
+    convs = [conv for conv in every if isinstance(conv, ExcitedConv) and conv.excites]
     if not convs:
         return f"{total}; plain weights"
     gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())

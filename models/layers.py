@@ -1,4 +1,4 @@
-"""Conv2d, an nn.Conv2d whose weight is excited; excite(), fold() and excited_once(), which act on whole models."""
+"""Convolutions whose weights are excited; excite(), fold() and excited_once(), which act on whole models."""
 
 import contextlib
 import copy
@@ -13,6 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -26,7 +27,7 @@ FORMULATIONS = {
     "channel": {"mwe": ChannelGate, "lwe": activation_map},
     "paper": {"mwe": activation_map, "lwe": LocationGate},
 }
-# What a Conv2d has beside the gate, and a plain one lacks.
+# What an excited convolution has beside the gate, and a plain one lacks.
 ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "steps", "excited", "source")
 NORM_GROUPS = 32
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -59,13 +60,13 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)
 
 
-def is_depthwise(conv: nn.Conv2d) -> bool:
+def is_depthwise(conv: _ConvNd) -> bool:
     """Whether each group has one input channel; the authors of the paper report that standardizing hurts those."""
     return conv.groups > 1 and conv.groups == conv.in_channels
 
 
 class Settings(NamedTuple):
-    """How a layer is excited: the arguments of :class:`Conv2d`."""
+    """How a layer is excited: the arguments of :class:`ExcitedConv`."""
 
     excitation: str
     formulation: str
@@ -86,8 +87,8 @@ class Settings(NamedTuple):
 _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # memory of the last optimizer step
 
 
-class Conv2d(nn.Conv2d):
-    """An nn.Conv2d that convolves with map(gate(standardize(weight))).
+class ExcitedConv(_ConvNd):
+    """A convolution of one to three dimensions that convolves with map(gate(standardize(weight))).
 
     ``weight`` stays the raw parameter, and the gate, where there is one, is the submodule ``gate`` with ``fc1`` and
     ``fc2``. What is excited depends on the weights alone, never on the input or on calls that went before: replicas,
@@ -99,7 +100,7 @@ class Conv2d(nn.Conv2d):
         standardize: whether weight standardization comes first.
         reduction: the gate's hidden layer has the channels over this.
         margin: the map has its pole at this times the largest weight, above 1.
-        *args, **kwargs: those of nn.Conv2d.
+        *args, **kwargs: those of the plain convolution.
 
     Raises:
         ValueError: an unknown excitation or formulation, a number out of its bounds, or complex weights.
@@ -147,7 +148,7 @@ class Conv2d(nn.Conv2d):
         return self.steps.margin is not None
 
     def excited_weight(self) -> Tensor:
-        """The tensor that convolves, (O, I, kh, kw), in the weight's type; computed in at least float32."""
+        """The tensor that convolves, of the weight's shape and type; computed in at least float32."""
         if not self.excites:
             return self.weight
         if self.excited is not None:
@@ -158,9 +159,9 @@ class Conv2d(nn.Conv2d):
         if _has_plain_gate(self):
             return _excite(self.weight, self.steps, *_gate_tensors(self))
         with full_precision(self.weight):
-            return excitation.excite_weight(_raw(self.weight), self.steps, self.gate).to(self.weight.dtype)
+            return _like(self.weight, excitation.excite_weight(_raw(self.weight), self.steps, self.gate))
 
-    def _replicate_for_data_parallel(self) -> "Conv2d":
+    def _replicate_for_data_parallel(self) -> "ExcitedConv":
         replica = super()._replicate_for_data_parallel()
         replica.source = None  # its weight is a copy of the one that was excited
         return replica
@@ -177,6 +178,21 @@ class Conv2d(nn.Conv2d):
         return f"{plain}, excitation={self.excitation}, formulation={self.formulation}, standardize={self.standardize}"
 
 
+class Conv1d(ExcitedConv, nn.Conv1d):
+    """An excited nn.Conv1d; the arguments are those of both."""
+
+
+class Conv2d(ExcitedConv, nn.Conv2d):
+    """An excited nn.Conv2d; the arguments are those of both."""
+
+
+class Conv3d(ExcitedConv, nn.Conv3d):
+    """An excited nn.Conv3d; the arguments are those of both."""
+
+
+KINDS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}  # of a plain convolution, the excited one
+
+
 @torch.fx.wrap  # a step of its own where a model is traced
 def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
@@ -184,12 +200,22 @@ def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
         # Compilers and functorch can't see into the fused form; the former fuses the plain one by itself.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             raw, gates = _raw(weight), functools.partial(fused.plain_gates, steps, gate)
-            return excitation.excite_weight(raw, steps, gates).to(weight.dtype)
-        return fused.excite_weight(_raw(weight), steps, gate).to(weight.dtype)
+            return _like(weight, excitation.excite_weight(raw, steps, gates))
+        return _like(weight, fused.excite_weight(_raw(weight), steps, gate))
 
 
 def _raw(weight: Tensor) -> Tensor:
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+    """The weight as it is excited: in at least float32, and of two dimensions beside the channels."""
+    return _in_4d(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+
+def _in_4d(weight: Tensor) -> Tensor:
+    return weight if weight.ndim == 4 else weight.flatten(2).unsqueeze(3)  # the equations tell no place from another
+
+
+def _like(weight: Tensor, excited: Tensor) -> Tensor:
+    """The excited weight in the shape and type of the raw one."""
+    return excited.to(weight.dtype) if weight.ndim == 4 else excited.to(weight.dtype).reshape(weight.shape)
 
 
 def _identify(weight: Tensor) -> tuple[int, int]:
@@ -204,18 +230,18 @@ def excite(
     standardize: bool = True,
     reduction: int = GATE_REDUCTION,
     margin: float = MAP_MARGIN,
-    select: Callable[[str, nn.Conv2d], bool] | None = None,
+    select: Callable[[str, _ConvNd], bool] | None = None,
 ) -> nn.Module:
-    """Make a model's plain nn.Conv2d layers excited ones, with all that they have: parameters, hooks, names.
+    """Make a model's plain convolutions excited ones, with all that they have: parameters, hooks, names.
 
     Without ``select``, these are the convolutions that a normalization follows, in the order of the model's modules;
     without one, as behind squeeze-and-excitation layers and heads, the activations would saturate. Depthwise
-    convolutions and subclasses of nn.Conv2d are left as they are. Do it before the optimizer, wrappers and copies for
+    convolutions and subclasses of PyTorch's are left as they are. Do it before the optimizer, wrappers and copies for
     averaging are made, and after weights are loaded.
 
     Args:
         module: changed in place. A single convolution is always excited.
-        excitation, formulation, standardize, reduction, margin: as for :class:`Conv2d`.
+        excitation, formulation, standardize, reduction, margin: as for :class:`ExcitedConv`.
         select: of a convolution's name and the layer, whether to excite it.
 
     Returns:
@@ -227,71 +253,71 @@ def excite(
     """
     settings = Settings(excitation, formulation, standardize, reduction, margin)
     settings.check()
-    convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, nn.Conv2d)}
+    convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, tuple(KINDS))}
     normalized = {module} | before_normalization(module)
     chosen = []
     for name, conv in convs.items():
         if not (conv in normalized if select is None else select(name, conv)) or is_depthwise(conv):
             continue
-        if isinstance(conv, Conv2d):
+        if isinstance(conv, ExcitedConv):
             if conv.settings != settings:
                 raise ValueError(f"{name or 'the layer'} is excited already, with other settings")
         elif "weight" not in conv._parameters or conv.weight.is_complex():
             kind = "complex" if conv.weight.is_complex() else "reparametrized, which must come after excite()"
             raise ValueError(f"the weight of {name or 'the layer'} is {kind}")
-        elif type(conv) is nn.Conv2d:
+        elif type(conv) in KINDS:
             chosen.append(conv)
-    if not chosen and not any(isinstance(conv, Conv2d) for conv in convs.values()):
+    if not chosen and not any(isinstance(conv, ExcitedConv) for conv in convs.values()):
         raise ValueError(
-            f"none of {len(convs)} convolutions can be excited: it takes a plain nn.Conv2d, not depthwise, that a "
+            f"none of {len(convs)} convolutions can be excited: it takes plain ones, not depthwise, that a "
             "normalization follows, or that select= names"
         )
     for conv in chosen:
-        conv.__class__ = Conv2d
+        conv.__class__ = KINDS[type(conv)]
         conv._set_up(settings)
     return module
 
 
-def before_normalization(model: nn.Module) -> set[nn.Conv2d]:
+def before_normalization(model: nn.Module) -> set[_ConvNd]:
     """The convolutions that a normalization follows in the order of modules, before any other layer with weights."""
     found, last = set(), None
     gates = {part for module in model.modules() if isinstance(module, Gate) for part in module.modules()}
     for module in model.modules():
         if module in gates:
             continue
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, tuple(KINDS)):
             last = module
         elif isinstance(module, NORM_TYPES) or type(module).__name__.endswith(NORM_NAMES):
             found |= {last} - {None}
             last = None
-        elif isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        elif isinstance(module, nn.Linear | _ConvNd):
             last = None
     return found
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain nn.Conv2d layers and the same outputs: excitation costs nothing at inference.
+    """A copy of the model with plain convolutions and the same outputs: excitation costs nothing at inference.
 
     The keys of its state_dict are those of the plain network: a folded ``l_resnet50`` loads strictly into torchvision's
     ``resnet50`` with GroupNorm(32). Hooks are kept. What reads a convolution's ``weight`` itself reads the excited one.
 
     Raises:
-        ValueError: a subclass of :class:`Conv2d` with a forward pass of its own, or a reparametrized weight.
+        ValueError: a subclass of :class:`ExcitedConv` with a forward pass of its own, or a reparametrized weight.
     """
     for name, conv in model.named_modules():
-        if isinstance(conv, Conv2d):
-            if type(conv).forward is not Conv2d.forward:
+        if isinstance(conv, ExcitedConv):
+            if type(conv).forward is not ExcitedConv.forward:
                 raise ValueError(f"{name or 'the layer'} is a {type(conv).__name__}, whose forward() fold() can't keep")
             if "weight" not in conv._parameters:
                 raise ValueError(f"the weight of {name or 'the layer'} is reparametrized: make it plain before fold()")
     folded = copy.deepcopy(model)
     for conv in list(folded.modules()):
-        if isinstance(conv, Conv2d):
+        if isinstance(conv, ExcitedConv):
             weight = nn.Parameter(conv.excited_weight().detach(), requires_grad=conv.weight.requires_grad)
             del conv.gate
             for name in ADDED:
                 delattr(conv, name)
-            conv.__class__ = nn.Conv2d
+            conv.__class__ = next(plain for plain in KINDS if isinstance(conv, plain))
             conv.weight = weight
     return folded
 
@@ -314,7 +340,7 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     _refuse_wrappers(modules)
-    convs = [module for module in modules if isinstance(module, Conv2d) and _can_be_excited_once(module)]
+    convs = [module for module in modules if isinstance(module, ExcitedConv) and _can_be_excited_once(module)]
     weights = _excited_weights(model, convs)
     leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
     hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, convs))
@@ -334,21 +360,22 @@ def excited_once(model: nn.Module) -> Iterator[None]:
         torch.autograd.backward(weights, _own_memory(grads))
 
 
-def _can_be_excited_once(conv: Conv2d) -> bool:
+def _can_be_excited_once(conv: ExcitedConv) -> bool:
     """Not inside another block, nor where the weight is made anew in each forward pass."""
     return conv.excites and conv.excited is None and "weight" in conv._parameters
 
 
-def _excited_weights(model: nn.Module, convs: list[Conv2d]) -> list[Tensor]:
+def _excited_weights(model: nn.Module, convs: list[ExcitedConv]) -> list[Tensor]:
     """The excited weight of each of the model's layers: on a GPU all together, elsewhere one after another."""
     if are_stacked(convs):
-        layers = [stacked.Layer(conv.steps, [conv.weight, *_gate_tensors(conv)]) for conv in convs]
+        layers = [stacked.Layer(conv.steps, [_in_4d(conv.weight), *_gate_tensors(conv)]) for conv in convs]
         with full_precision(convs[0].weight):
-            return stacked.excite_weights(model, layers)
+            weights = stacked.excite_weights(model, layers)
+        return [_like(conv.weight, weight) for conv, weight in zip(convs, weights, strict=True)]
     return [_excite_in_place(conv) if _has_plain_gate(conv) else conv.excited_weight() for conv in convs]
 
 
-def are_stacked(convs: list[Conv2d]) -> bool:
+def are_stacked(convs: list[ExcitedConv]) -> bool:
     """Whether the layers are on a GPU, in a type that they can be excited in."""
     return bool(convs) and all(
         conv.weight.is_cuda and conv.weight.dtype in (torch.float32, torch.float64) and _has_plain_gate(conv)
@@ -356,18 +383,19 @@ def are_stacked(convs: list[Conv2d]) -> bool:
     )
 
 
-def _excite_in_place(conv: Conv2d) -> Tensor:
+def _excite_in_place(conv: ExcitedConv) -> Tensor:
     """The excited weight, in the memory of the last time; the gradient is overwritten in the backward pass."""
     with full_precision(conv.weight):
         kept = _kept.setdefault(conv, {})
-        return fused.excite_weight(_raw(conv.weight), conv.steps, _gate_tensors(conv), kept).to(conv.weight.dtype)
+        excited = fused.excite_weight(_raw(conv.weight), conv.steps, _gate_tensors(conv), kept)
+        return _like(conv.weight, excited)
 
 
-def _has_plain_gate(conv: Conv2d) -> bool:
+def _has_plain_gate(conv: ExcitedConv) -> bool:
     return conv.gate is None or conv.gate.is_plain()
 
 
-def _gate_tensors(conv: Conv2d) -> list[Tensor]:
+def _gate_tensors(conv: ExcitedConv) -> list[Tensor]:
     return [] if conv.gate is None else conv.gate.tensors()
 
 
@@ -396,7 +424,7 @@ def _is_sharded(kind: type) -> bool:
     return not {"FullyShardedDataParallel", "FSDPModule"}.isdisjoint(base.__name__ for base in kind.__mro__)
 
 
-def _refuse_step(convs: list[Conv2d], optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+def _refuse_step(convs: list[ExcitedConv], optimizer: torch.optim.Optimizer, *arguments: object) -> None:
     excited = {id(parameter) for conv in convs for parameter in conv.parameters() if parameter is not conv.bias}
     if any(id(parameter) in excited for group in optimizer.param_groups for parameter in group["params"]):
         raise RuntimeError(
@@ -411,7 +439,7 @@ def _refuse_backward(grad: Tensor) -> None:
 @contextlib.contextmanager
 def sent_excited(model: nn.Module) -> Iterator[None]:
     """For what copies a model to other devices inside excited_once(): the excited weights go, and not the raw ones."""
-    convs = [module for module in model.modules() if isinstance(module, Conv2d) and module.excited is not None]
+    convs = [module for module in model.modules() if isinstance(module, ExcitedConv) and module.excited is not None]
     raw = [conv.weight for conv in convs]
     try:
         for conv in convs:

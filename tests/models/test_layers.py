@@ -16,7 +16,7 @@ from torch import nn
 from models import layers
 from models.excitation import ChannelGate, LocationGate, activation_map
 from models.imagenet.resnet import BasicBlock, ResNet
-from models.layers import FORMULATIONS, Conv2d, excite, excited_once, fold, is_depthwise
+from models.layers import FORMULATIONS, KINDS, Conv2d, excite, excited_once, fold, is_depthwise
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 
@@ -238,6 +238,34 @@ def test_excited_once_with_frozen_weights():
     with excited_once(model):
         assert torch.equal(model(torch.zeros(1, 4, 5, 5)), model(torch.zeros(1, 4, 5, 5)))
     assert model.weight.grad is None
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "plain, norm, kernel", [(nn.Conv1d, nn.BatchNorm1d, (6,)), (nn.Conv3d, nn.BatchNorm3d, (1, 2, 3))]
+)
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_one_and_three_dimensions(formulation, plain, norm, kernel, is_gpu, monkeypatch):
+    """Filters of as many elements are excited alike, however they lie; in a block as without it, and folded."""
+    model = nn.Sequential(plain(4, 8, kernel), norm(8), plain(8, 2, 1)).double()
+    reference = Conv2d(4, 8, (6, 1), formulation=formulation, dtype=torch.float64)
+    excite(model, formulation=formulation)
+    assert [type(layer) for layer in model] == [KINDS[plain], norm, plain]
+    state = model[0].state_dict()
+    reference.load_state_dict(state | {"weight": state["weight"].view(8, 4, 6, 1)})
+    batch = torch.randn(3, 4, *(7 for _ in kernel), dtype=torch.float64)
+    assert torch.equal(model[0].excited_weight().flatten(), reference.excited_weight().flatten())
+    (without := model(batch)).square().sum().backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    if is_gpu:
+        monkeypatch.setattr(layers, "are_stacked", bool)
+    with excited_once(model):
+        model(batch).square().sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], grads, rtol=0, atol=1e-12)
+    folded = fold(model)
+    assert type(folded[0]) is plain
+    torch.testing.assert_close(folded(batch), without)
 
 
 def test_the_loop_of_the_readme():
