@@ -29,11 +29,12 @@ DEMO = {
 }
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
-# Options of one command, which a run doesn't hand on to the command that resumes it.
+# Options that make a command one that doesn't train.
 OUTPUTS = ("evaluate", "export", "predictions", "visualize")
-ONCE = ("checkpoint", "demo", "init", "overwrite", "resume", "start_epoch", *OUTPUTS)
 # Options that say where a run begins.
 BEGINNING = ("init", "pretrained", "start_epoch")
+# Options of one command, which a run doesn't hand on to the command that resumes it.
+ONCE = ("checkpoint", "demo", "init", "overwrite", "resume", "start_epoch", *OUTPUTS)
 # Options that may differ between the processes of a run.
 OWN = ("checkpoint", "data", "gpu_id", "init", "resume", "workers")
 
@@ -56,7 +57,7 @@ def resolve(
     demo = DEMO if "demo" in given else {}
     if distributed.RESTARTS:
         given = of_restart(given, folder_of(defaults | demo | given))
-    for name in ("resume", "pretrained", "evaluate", "export", "visualize") if "init" in given else ():
+    for name in ("resume", "pretrained", *OUTPUTS) if "init" in given else ():
         refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
     saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
     run = of_checkpoint(parser, saved) if saved else {}
@@ -87,7 +88,8 @@ def folder_of(options: dict) -> str:
 
 def of_restart(given: dict, folder: str) -> dict:
     """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
-    if "resume" not in given and "overwrite" not in given and os.path.exists(os.path.join(folder, LAST)):
+    is_fresh = not {"resume", "overwrite", *OUTPUTS} & given.keys()
+    if is_fresh and os.path.exists(os.path.join(folder, LAST)):
         given = {name: value for name, value in given.items() if name not in BEGINNING} | {"resume": folder}
     return given | {"overwrite": False}
 
@@ -146,7 +148,7 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
     refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
     fixed = dict.fromkeys(("arch", *NETWORK), "of a run") if saved["options"] else {}
-    if saved["step"] and not (args.evaluate or args.export or args.visualize):
+    if saved["step"] and not any(getattr(args, name) for name in OUTPUTS):
         # The shuffle and the groups must go on as they were.
         fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
     has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
