@@ -22,13 +22,14 @@ from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
 from utils import checkpoint, command, distributed, options, outputs
 from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
 from utils.classifier import Classifier, classify
-from utils.data import Batch, Data
+from utils.data import Data
 from utils.errors import NotFinite, RunFailed
 from utils.logger import Logger
 from utils.meters import Progress, Reading, Scores
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
+from utils.workers import Batch
 
 
 def build_parser() -> Parser:

@@ -28,8 +28,8 @@ from models.layers import Conv2d, excited_once
 from utils import command, distributed
 from utils.arguments import Parser, number
 from utils.classifier import Classifier, classify
-from utils.data import Batch
 from utils.signals import Stop
+from utils.workers import Batch
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if IS_GPU else torch.device("cpu")

@@ -26,7 +26,9 @@ import imagenet
 from benchmarks.measure import markdown, median, ratio, rounds
 from utils import command
 from utils.arguments import Parser, number
-from utils.data import MEAN, STD, TRAIN, VAL, Data, ImageFolder, end_workers
+from utils.data import MEAN, STD, TRAIN, VAL, Data
+from utils.folders import ImageFolder
+from utils.workers import end_workers
 
 IMAGES = 256
 NAMES = 16  # of each training image, so that an epoch is long enough to time

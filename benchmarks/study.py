@@ -26,11 +26,13 @@ from benchmarks.measure import markdown
 from utils import command
 from utils.arguments import Parser, flag, number, path
 from utils.checkpoint import LAST, versions
-from utils.data import TRAIN, VAL, ImageFolder, end_workers
+from utils.data import TRAIN, VAL
 from utils.errors import BadInput, NotFinite, RunFailed
 from utils.figures import Figure, render
 from utils.files import write_atomically
+from utils.folders import ImageFolder
 from utils.logger import LOG, read_log
+from utils.workers import end_workers
 
 # What a CPU can do in some hours, for Fashion-MNIST; words after -- override it.
 RECIPE = "--epochs 5 --schedule 3 --image-size 28 --train-batch 128 --test-batch 500 -j 0"

@@ -9,8 +9,8 @@ import imagenet
 import models
 from tests.helpers import register_tiny
 from utils import command
-from utils.data import Batch
 from utils.signals import Stop, Stopped
+from utils.workers import Batch
 
 RANK = os.environ["RANK"]
 

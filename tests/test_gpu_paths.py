@@ -28,13 +28,15 @@ from models import fused, layers, stacked
 from models.layers import EXCITATIONS, FORMULATIONS, Conv2d, excited_once, group_norm
 from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, started
 from utils import command as commands
-from utils import data as loading
 from utils import distributed
+from utils import workers as loading
 from utils.checkpoint import load
-from utils.data import Batch, Data, Sample
+from utils.data import Data
 from utils.errors import BadInput, NotFinite
+from utils.folders import Sample
 from utils.meters import Scores
 from utils.signals import Stop
+from utils.workers import Batch
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 CPU = [torch.device("cpu", index) for index in range(4)]  # as GPUs 0 to 3
@@ -260,7 +262,7 @@ def test_workers_of_a_run_on_a_gpu_start_clean_and_load_the_same(images):
     for device, args.workers in (("cpu", 0), ("cuda", 1)):
         source = Data(args, torch.device(device))
         found.append([*itertools.chain.from_iterable(source.training(0)), *source.validation()])
-    (worker,) = loading._workers
+    (worker,) = loading.running
     assert type(worker) is multiprocessing.get_context("forkserver").Process
     assert len(found[0]) == 6
     for one, other in zip(*found, strict=True):
@@ -268,20 +270,21 @@ def test_workers_of_a_run_on_a_gpu_start_clean_and_load_the_same(images):
         assert one.images.stride() == other.images.stride()
     loading.end_workers()
     worker.join(60)
-    assert worker.exitcode == -signal.SIGKILL and not loading._workers
+    assert worker.exitcode == -signal.SIGKILL and not loading.running
 
 
 # The start of a run on a GPU, of whose processes a signal comes to all; then the main process is killed.
 KILLED = """
 import os, signal, time, torch, imagenet
 from multiprocessing import forkserver
-from utils.data import Data, _workers
+from utils.data import Data
+from utils.workers import running
 steps = Data(imagenet.build_parser().parse_args(), torch.device("cuda")).training(0)
 next(next(steps))
 server = forkserver._forkserver._forkserver_pid
 os.kill(server, signal.SIGTERM)
 time.sleep(0.2)
-print("left:", os.waitpid(server, os.WNOHANG), _workers[0].exitcode, flush=True)
+print("left:", os.waitpid(server, os.WNOHANG), running[0].exitcode, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -298,7 +301,7 @@ def test_pinning_keeps_a_batch(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     for samples in ([Sample(torch.full((3, 4, 4), index, dtype=torch.uint8), index, []) for index in range(3)], []):
-        batch = loading._collate(samples)
+        batch = loading.collate(samples)
         pinned = pin_memory(batch, "cuda")
         assert type(pinned) is Batch and pinned[1:] == batch[1:]
         assert torch.equal(pinned.images, batch.images) and pinned.images.stride() == batch.images.stride()

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.helpers import EXCITED, PATIENCE, ROOT, run_command
-from utils import data, demo
+from utils import demo
 from utils.checkpoint import BEST, LAST, PREVIOUS
 from utils.run_folder import LOCK
+from utils.workers import warn_of_shared_memory
 
 NOTEBOOK = "module://matplotlib_inline.backend_inline"
 
@@ -88,7 +89,7 @@ def test_less_shared_memory_than_the_workers_may_hold(monkeypatch, capsys):
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
     for free, told in ((64, "/dev/shm has 64 MiB free, and batches for 4 workers may take 294: "), (295, "")):
         monkeypatch.setattr(os, "statvfs", lambda path, free=free: Namespace(f_bavail=free, f_frsize=2**20))
-        data.warn_of_shared_memory(args)
+        warn_of_shared_memory(args)
         out = capsys.readouterr().out
         assert out.startswith(told) and bool(out) == bool(told)
 

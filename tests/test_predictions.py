@@ -11,9 +11,9 @@ import models
 from models.layers import fold
 from tests.helpers import checkpoint
 from utils.classifier import normalize
-from utils.data import Batch
 from utils.images import decode, read, resized_center_crop
 from utils.predictions import Predictions
+from utils.workers import Batch
 
 COLUMNS = ["path", "class", "guess", "probability of the guess", "rank of the class"]
 

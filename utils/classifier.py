@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.data import MEAN, STD, Batch
+from utils.data import MEAN, STD
 from utils.meters import batch_sums
+from utils.workers import Batch
 
 
 class Classifier(nn.Module):

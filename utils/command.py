@@ -12,8 +12,8 @@ from typing import TextIO
 import torch
 
 from utils import distributed
-from utils.data import end_workers, has_lost_worker
 from utils.errors import BadInput, RunFailed
+from utils.workers import end_workers, has_lost_worker
 
 
 class Output:

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from utils import distributed
-from utils.data import VAL, Batch, Data
+from utils.data import VAL, Data
 from utils.files import write_output
+from utils.workers import Batch
 
 COLUMNS = ("path", "class", "guess", "probability of the guess", "rank of the class")
 MOST_CLASSES = 20  # of which each one's accuracy is printed

@@ -20,9 +20,11 @@ from torchvision.transforms import v2
 import imagenet
 from tests.formats import FORMATS
 from tests.helpers import draw_folder
-from utils.data import TRAIN, VAL, Data, ImageFolder, end_workers, shuffle
+from utils.data import TRAIN, VAL, Data
 from utils.errors import BadInput, RunFailed
+from utils.folders import ImageFolder, shuffle
 from utils.images import random_resized_crop
+from utils.workers import end_workers
 
 
 def data(folder: Path, *words, saved: dict | None = None) -> Data:
@@ -261,9 +263,9 @@ def test_a_failure_of_the_machine_is_never_a_bad_image(tmp_path, monkeypatch, pl
 def test_nor_is_one_while_it_decodes(images, monkeypatch):
     """Pillow imports most of its decoders when it first needs them."""
     dataset = ImageFolder(images / "train", 32, seed=0, skip_bad=True)
-    monkeypatch.setattr("utils.data.decode", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    monkeypatch.setattr("utils.folders.decode", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
     assert dataset[0, 0].failure == f"can't read the image {dataset.path(0)}: Too many open files"
-    monkeypatch.setattr("utils.data.decode", Mock(side_effect=MemoryError))
+    monkeypatch.setattr("utils.folders.decode", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         dataset[0, 0]
 

@@ -1,0 +1,205 @@
+"""Folders of images, read as torchvision's ImageFolder reads them, and the samples that they hold."""
+
+import bisect
+import contextlib
+import hashlib
+import os
+import random
+import unicodedata
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from utils.errors import BadInput
+from utils.images import BadImage, decode, random_resized_crop, read, resized_center_crop
+
+DOT = ord(".")
+EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe"))
+REPLACEMENTS = 100  # images in a row that may be bad
+
+
+class Sample(NamedTuple):
+    """An image, (3, size, size), with its class, and why others before it could not be decoded."""
+
+    pixels: Tensor | None  # None: none could be
+    target: int
+    reasons: list[str]
+    failure: str | None = None  # of the machine, which is no fault of an image
+    index: int = -1  # in its folder
+
+
+class ImageFolder(Dataset):
+    """The images in ``folder``/CLASS/, at any depth, as :class:`Sample`; in the order of torchvision's ImageFolder.
+
+    Links are followed. Hidden folders and files are no part of it, and other files are passed over.
+
+    An item's key is (epoch, index). With a seed it is a training set: the image is cropped and flipped at random, and
+    with ``skip_bad`` the next of the epoch's shuffle replaces one that can't be decoded. Without a seed, the image is
+    resized and cropped at its centre.
+
+    Raises:
+        BadInput: the folder is missing, has no classes, or has a class without images.
+    """
+
+    def __init__(self, folder: str | Path, size: int, seed: int | None = None, skip_bad: bool = False):
+        self.size, self.seed, self.skip_bad = size, seed, skip_bad
+        folders, others = _class_folders(str(folder))
+        if not folders:
+            raise BadInput(f"--data: {folder} has no class folders; images belong in {folder}/CLASS/")
+        self.classes, self.class_folders = list(folders), list(folders.values())
+        self.passed_over, self.example = len(others), min(others, default="")  # files that aren't images of a class
+        self.starts = [0]  # of each class, the index of its first image
+        # No list of strings: counting the references to a million of them, each worker would copy them all.
+        names, lengths = bytearray(), []
+        for place in self.class_folders:
+            images, others = _files(place)
+            if others:
+                self.passed_over += len(others)
+                self.example = self.example or os.path.join(place, os.fsdecode(min(others)))
+            if not images:
+                only = f", only files such as {os.fsdecode(min(others))}" if others else ""
+                raise BadInput(f"--data: the class folder {place} has no images{only}")
+            names += b"".join(images)
+            lengths.append(np.fromiter(map(len, images), np.int64))
+            self.starts.append(self.starts[-1] + len(images))
+        self.ends = torch.from_numpy(np.concatenate(lengths).cumsum())
+        self.names = torch.frombuffer(names, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def target(self, index: int) -> int:
+        """The class of an image."""
+        return bisect.bisect_right(self.starts, index) - 1
+
+    def path(self, index: int) -> str:
+        """The file of an image."""
+        ends = self.ends.numpy()  # whose indexing takes a fraction of a tensor's
+        start = ends[index - 1] if index > 0 else 0
+        name = os.fsdecode(self.names.numpy()[start : ends[index]].tobytes())
+        return os.path.join(self.class_folders[self.target(index)], name)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        reasons = []
+        for candidate in self._candidates(epoch, index):
+            path = self.path(candidate)
+            try:
+                image = decode(read(path))
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise nearly every type there is; raised on, it would lose the name
+                if isinstance(error, OSError) and error.errno is not None:  # the system's; decoders set none
+                    return Sample(None, -1, reasons, f"can't read the image {path}: {error.strerror}")
+                kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
+                reasons.append(" ".join(f"can't decode the image {path} ({kind}{error})".splitlines()))
+                continue
+            if self.seed is None:
+                pixels = resized_center_crop(image, self.size)
+            else:
+                # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
+                pixels = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
+            return Sample(pixels, self.target(candidate), reasons, index=candidate)
+        return Sample(None, -1, reasons)
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        """The image, and those that may replace it, as they follow in the epoch's shuffle."""
+        yield index
+        if self.seed is not None and self.skip_bad:
+            order = shuffle(len(self), self.seed, epoch)
+            (position,) = np.flatnonzero(order == index)
+            for step in range(1, min(REPLACEMENTS, len(self))):
+                yield int(order[(position + step) % len(self)])
+
+    def digest(self) -> str:
+        """A fingerprint of the list of images, whatever folder it lies in."""
+        digest = hashlib.sha256("/".join(self.classes).encode(errors="surrogateescape"))
+        for numbers in (np.array(self.starts), self.ends.numpy(), self.names.numpy()):
+            digest.update(numbers)
+        return digest.hexdigest()
+
+
+def _class_folders(folder: str) -> tuple[dict[str, str], list[str]]:
+    """The class folders in it, by class and in the order of the classes, and the files beside them; none is hidden."""
+    folders, others = {}, []
+    with _listing(), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                name = unicodedata.normalize("NFC", entry.name)  # file systems and archives differ in the form
+                if name in folders:
+                    raise BadInput(f"--data: {folder} has two folders {name}, in two Unicode forms; make them one")
+                folders[name] = entry.path
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise BadInput(f"--data: the class folder {entry.path} is a link to nothing; mend or remove it")
+            else:
+                others.append(entry.path)
+    return dict(sorted(folders.items())), others
+
+
+def _files(folder: str) -> tuple[list[bytes], list[bytes]]:
+    """The images in a folder, at any depth, in torchvision's order, and other files; paths relative to the folder."""
+    root, found, others, seen = os.fsencode(folder), {}, [], set()
+    places = [b""]
+    with _listing():
+        for place in places:  # which grows
+            status = os.stat(os.path.join(root, place))
+            if (status.st_dev, status.st_ino) in seen:  # links can make a circle
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            images, folders, files = _names(os.path.join(root, place))
+            prefix = os.path.join(place, b"")
+            found[place] = [prefix + name for name in images] if prefix else images
+            others += [prefix + name for name in files]
+            places += [prefix + name for name in folders]
+    return list(chain.from_iterable(found[place] for place in sorted(found))), others
+
+
+def _names(folder: bytes) -> tuple[list[bytes], list[bytes], set[bytes]]:
+    """The images and the folders in it that aren't hidden, in order, and its other files."""
+    names = os.listdir(folder)
+    # By their names alone, as there may be millions.
+    images = sorted([name for name in names if name.lower().endswith(EXTENSIONS) and name[0] != DOT])
+    if len(images) == len(names):
+        return images, [], set()
+    others = {name for name in names if name[0] != DOT}.difference(images)
+    with os.scandir(folder) as entries:
+        folders = sorted(entry.name for entry in entries if entry.name in others and entry.is_dir())
+    return images, folders, others.difference(folders)
+
+
+@contextlib.contextmanager
+def _listing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"--data: can't list {os.fsdecode(error.filename)}: {error.strerror}") from error
+
+
+def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
+    """Refuse folders of different classes, whose indices would not mean the same.
+
+    Raises:
+        BadInput: a class is missing on one side.
+    """
+    for one, other, name in ((train, val, "val"), (val, train, "train")):
+        missing = sorted(set(one.classes) - set(other.classes))
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise BadInput(
+                f"--data: {name} has no folder for the class {missing[0]}{more}; "
+                "train and val must hold the same classes"
+            )
+
+
+def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's images."""
+    return np.random.default_rng([seed, epoch]).permutation(images)
