@@ -94,15 +94,21 @@ def _end_with_main_process() -> None:
 
 def has_lost_worker() -> bool:
     """Whether a process that loads images has died; asked when something has failed, perhaps for that reason."""
+    _ignore_deaths()
     if running:  # the connection to a process may break a moment before the process counts as dead
         multiprocessing.connection.wait([worker.sentinel for worker in running], timeout=1)
     return any(worker.exitcode for worker in running)
 
 
+def _ignore_deaths() -> None:
+    """From here on, let the loader's handler of a worker's death raise no error, in the middle of whatever."""
+    if hasattr(signal, "SIGCHLD"):  # which Windows lacks
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def end_workers() -> None:
     """Kill what is left of the workers: at its exit Python ends them by a signal that they ignore, and would wait."""
-    if hasattr(signal, "SIGCHLD"):  # which Windows lacks
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's own handler would take it for an accident
+    _ignore_deaths()
     for worker in running:
         worker.kill()
     running.clear()
