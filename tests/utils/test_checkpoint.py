@@ -188,6 +188,7 @@ def test_a_whole_model_is_named_with_the_command_that_converts_it(tmp_path, monk
     assert equal(load(tmp_path / "it's $HOME-weights.pth")["state_dict"], dict(model.state_dict()))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_a_torchscript_archive(tmp_path, monkeypatch):
     model = network()
     torch.jit.save(torch.jit.script(model), tmp_path / "file.pt")
