@@ -52,7 +52,7 @@ def test_ranks_and_the_worst_of_many_classes(tmp_path, capsys):
         predictions.add(Batch(logits, torch.tensor([label, label]), 0, [], indices=[2 * label, 2 * label + 1]), logits)
     predictions.report(tmp_path / "rows.tsv")
     rows = table(tmp_path / "rows.tsv")[1:]
-    assert [row[0] for row in rows] == [f"/images/a tab\\t{index}.jpg" for index in range(42)]
+    assert [row[0] for row in rows] == [f"/images/a tab\t{index}.jpg" for index in range(42)]
     assert [int(row[4]) for row in rows] == [rank for label in range(21) for rank in (label + 1, 1)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "The worst of 21 classes:"

@@ -98,7 +98,7 @@ def find(path: str, flag: str = "--resume") -> dict:
         except BadInput as error:
             if not isinstance(error, NotWhole) or not files or not files[0].exists():
                 best = Path(path, BEST)
-                hint = f"; {flag} {best} begins with the best epoch" if best.exists() else ""
+                hint = f"; {flag} {best} begins with the best epoch" if best.exists() and best != file else ""
                 raise type(error)(f"{flag}: {error}{hint}") from error
             print(f"{error}\nGoing back to {files[0]}")
 
@@ -321,6 +321,8 @@ def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifi
             if name not in state or state[name].shape[1:] == own[name].shape[1:]:
                 state[name] = own[name]
         told.append(f"The classifier {classifier} is made anew: {file} has none for these classes")
+    elif not saved["classes"]:
+        told.append(f"The classifier {classifier} is kept: {file} has as many classes, and doesn't name them")
     ours, theirs = ({name: tensor for name, tensor in of.items() if _is_of_gate(name)} for of in (own, state))
     if {name: gate.shape for name, gate in ours.items()} != {name: gate.shape for name, gate in theirs.items()}:
         # All of them: a layer of as many inputs as outputs would take a gate of the other formulation.

@@ -58,6 +58,7 @@ def run(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
         status, text = 128 + signal.SIGINT, "interrupted; nothing was written"
     except Exception as error:
         status, text = explain(error)
+        end_workers()  # before the loader is freed, which would wait for them
     finally:
         end_workers()
     if distributed.is_first_to_fail():

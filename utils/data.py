@@ -21,8 +21,18 @@ from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
 from utils.folders import ImageFolder, check_same_classes, shuffle
 from utils.images import ignore_warnings
-from utils.signals import held, waiting
-from utils.workers import PREFETCHED, Batch, Folders, Key, collate, running, start_worker, warn_of_shared_memory
+from utils.signals import Stopped, held, waiting
+from utils.workers import (
+    PREFETCHED,
+    Batch,
+    Folders,
+    Key,
+    collate,
+    end_workers,
+    running,
+    start_worker,
+    warn_of_shared_memory,
+)
 
 # ImageNet's, of pixels in 0..1
 MEAN = (0.485, 0.456, 0.406)
@@ -161,6 +171,7 @@ class Data:
         if context.get_start_method() == "forkserver":
             with held():  # of its own, as the start ends it
                 multiprocessing.resource_tracker.ensure_running()
+        ignore_warnings()
         loader = DataLoader(
             Folders(self.folders),
             batch_sampler=map(distributed.share, keys),
@@ -173,14 +184,24 @@ class Data:
             generator=torch.Generator(),  # otherwise each pass draws a number from the global one
         )
         others, named = multiprocessing.active_children(), set()
-        ignore_warnings()
-        with held():
-            batches = iter(loader)
-        running.extend(worker for worker in multiprocessing.active_children() if worker not in others)
+        try:
+            with held():
+                batches = iter(loader)
+        except (OSError, RuntimeError) as error:
+            raise RunFailed(
+                f"can't start {workers} processes that load images ({error}): lower --workers, or raise the limits of "
+                "processes and open files"
+            ) from error
+        finally:
+            running.extend(worker for worker in multiprocessing.active_children() if worker not in others)
         while True:
             start = time.monotonic()
-            with waiting() if workers else contextlib.nullcontext():
-                batch = next(batches, None)
+            try:
+                with waiting() if workers else contextlib.nullcontext():
+                    batch = next(batches, None)
+            except Stopped:
+                end_workers()  # the loader would wait for each that is stuck
+                raise
             self.waited += time.monotonic() - start
             if batch is None:
                 return

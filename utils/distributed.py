@@ -105,15 +105,15 @@ def describe(devices: list[torch.device]) -> str:
 def command(words: list[str]) -> str:
     """A command of this script to paste, by this interpreter or its torchrun, as short as they can be named."""
     python = Path(sys.executable)
-    start = [_shortest(python)]
+    start = [shortest(python)]
     if UNDER_TORCHRUN:
         machines = PROCESSES // LOCAL_PROCESSES
         several = ["--nnodes", str(machines)] if machines > 1 else []
-        start = [_shortest(python.with_name("torchrun")), *several, "--nproc-per-node", str(LOCAL_PROCESSES)]
+        start = [shortest(python.with_name("torchrun")), *several, "--nproc-per-node", str(LOCAL_PROCESSES)]
     return shlex.join([*start, sys.argv[0], *words])
 
 
-def _shortest(program: Path) -> str:
+def shortest(program: Path) -> str:
     """How a shell in the current folder finds it: by name, below the folder, or by its whole path."""
     if shutil.which(program.name) == str(program):
         return program.name

@@ -59,8 +59,10 @@ def refuse_existing(flag: str, path: str | Path, overwrite: bool) -> None:
         flag: that names the file.
 
     Raises:
-        BadInput: the file is there, and ``overwrite`` is not given.
+        BadInput: the file is there, and ``overwrite`` is not given; or it is a folder.
     """
+    if os.path.isdir(path):
+        raise BadInput(f"{flag}: {path} is a folder; name a file")
     if os.path.exists(path) and not overwrite:
         raise BadInput(f"{flag}: {path} exists; replace it by --overwrite, or write elsewhere")
 

@@ -58,8 +58,9 @@ class ImageFolder(Dataset):
         self.starts = [0]  # of each class, the index of its first image
         # No list of strings: counting the references to a million of them, each worker would copy them all.
         names, lengths = bytearray(), []
+        top = os.stat(folder)
         for place in self.class_folders:
-            images, others = _files(place)
+            images, others = _files(place, top)
             if others:
                 self.passed_over += len(others)
                 self.example = self.example or os.path.join(place, os.fsdecode(min(others)))
@@ -145,14 +146,14 @@ def _class_folders(folder: str) -> tuple[dict[str, str], list[str]]:
     return dict(sorted(folders.items())), others
 
 
-def _files(folder: str) -> tuple[list[bytes], list[bytes]]:
+def _files(folder: str, top: os.stat_result) -> tuple[list[bytes], list[bytes]]:
     """The images in a folder, at any depth, in torchvision's order, and other files; paths relative to the folder."""
-    root, found, others, seen = os.fsencode(folder), {}, [], set()
+    root, found, others, seen = os.fsencode(folder), {}, [], {(top.st_dev, top.st_ino)}
     places = [b""]
     with _listing():
         for place in places:  # which grows
             status = os.stat(os.path.join(root, place))
-            if (status.st_dev, status.st_ino) in seen:  # links can make a circle
+            if (status.st_dev, status.st_ino) in seen:  # links can make a circle, and lead to all classes
                 continue
             seen.add((status.st_dev, status.st_ino))
             images, folders, files = _names(os.path.join(root, place))

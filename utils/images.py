@@ -56,8 +56,8 @@ def read(path: str) -> np.ndarray:
 
 
 def ignore_warnings() -> None:
-    """Let PYTHONWARNINGS=error not make a bad image of each that a library says something about."""
-    warnings.filterwarnings("ignore", module=r"PIL\.|torchvision\.|utils\.images")
+    """Let PYTHONWARNINGS=error make no failure of what the libraries that load images say."""
+    warnings.filterwarnings("ignore", module=r"PIL\.|torchvision\.|torch\.utils\.data\.|utils\.images")
 
 
 def decode(data: np.ndarray) -> Tensor:

@@ -1,5 +1,8 @@
 """What a network says of each validation image, for -e --predictions."""
 
+import csv
+import io
+
 from torch import Tensor
 
 from utils import distributed
@@ -32,7 +35,7 @@ class Predictions:
         self.rows += zip(batch.indices, *(column.tolist() for column in columns), strict=True)
 
     def report(self, file: str) -> None:
-        """Print the accuracy of each class, or of the worst ones, and write a row for each image; in all processes.
+        """Print the accuracy of each class, or of the worst, and write a row for each decoded image; in all processes.
 
         Raises:
             BadInput: the file can't be written.
@@ -49,9 +52,10 @@ class Predictions:
             print(f"The worst of {len(classes)} classes:")
         for label, top1 in accuracy.items():
             print(f"  {classes[label]}: top-1 {top1:.2f} over {len(hits[label])} images")
-        lines = ["\t".join(COLUMNS)]
+        table = csv.writer(stream := io.StringIO(), "excel-tab", lineterminator="\n")
+        table.writerow(COLUMNS)
         for index, target, guess, probability, rank in rows:
-            path = self.data.folders[VAL].path(index).replace("\t", "\\t").replace("\n", "\\n")
-            lines.append(f"{path}\t{classes[target]}\t{classes[guess]}\t{probability:.4f}\t{rank}")
-        write_output("--predictions", file, "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
+            path = self.data.folders[VAL].path(index)
+            table.writerow([path, classes[target], classes[guess], f"{probability:.4f}", rank])
+        write_output("--predictions", file, stream.getvalue().encode(errors="surrogateescape"))
         print(f"{file}: a row for each of {len(rows)} images")

@@ -8,15 +8,18 @@ import json
 import pickle
 import re
 import shlex
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from utils.distributed import shortest
 from utils.errors import BadInput
 
 MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins a file of torch before 1.6
+LOAD = "torch.load({}, 'cpu', weights_only=False)"
 MOST_CLASSES = 100  # that a file may name
 
 
@@ -77,9 +80,9 @@ def read(file: Path) -> object:
     Raises:
         BadInput: it can't be read, or is something else, and the message says what; NotWhole where that is damage.
     """
-    if not file.is_file():
-        raise NotWhole(f"there is no checkpoint {file}")
     try:
+        if not file.is_file():
+            raise NotWhole(f"there is no checkpoint {file}")
         with file.open("rb") as stream:
             start = stream.read(64)
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:
@@ -95,7 +98,7 @@ def damaged(file: Path | str, reason: str) -> NotWhole:
     return NotWhole(f"{file} is damaged: {reason}; give another file")
 
 
-def needs_code(file: Path, name: str, keys: str = "", load: str = "torch.load({}, weights_only=False)") -> BadInput:
+def needs_code(file: Path, name: str, keys: str = "", load: str = LOAD) -> BadInput:
     """What to raise for a file whose weights are inside of an object, with the command that takes them out.
 
     Args:
@@ -107,7 +110,7 @@ def needs_code(file: Path, name: str, keys: str = "", load: str = "torch.load({}
     python = f"import torch; model = {load.format(names[0])}{keys}; torch.save(model.state_dict(), {names[1]})"
     return BadInput(
         f"{file} needs the code of {name}, which is never run here; if you trust the file, this runs it and keeps the "
-        f"weights: {shlex.join(['python', '-c', python])}"
+        f"weights: {shlex.join([shortest(Path(sys.executable)), '-c', python])}"
     )
 
 
@@ -141,7 +144,7 @@ def _check(file: Path, start: bytes) -> None:
             raise BadInput(f"{file} is no checkpoint of PyTorch, as it begins with {start[:16]!r}: give another file")
         return
     if is_whole and "constants.pkl" in names:
-        raise needs_code(file, "a TorchScript archive", load="torch.jit.load({})")
+        raise needs_code(file, "a TorchScript archive", load="torch.jit.load({}, 'cpu')")
     if is_whole and "data.pkl" not in names:
         raise BadInput(f"{file} is no checkpoint of PyTorch, but another kind of zip archive: give another file")
     if not is_whole or has_folders:

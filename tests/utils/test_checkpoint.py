@@ -24,6 +24,7 @@ import models
 from tests.helpers import tiny_checkpoint
 from utils import checkpoint
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, initialize, load, load_weights, serialize, versions
+from utils.distributed import shortest
 from utils.errors import BadInput, RunFailed
 from utils.reading import read
 
@@ -182,7 +183,7 @@ def test_a_whole_model_is_named_with_the_command_that_converts_it(tmp_path, monk
         load(file)
     assert not isinstance(refusal.value, checkpoint.NotWhole)
     words = shlex.split(str(refusal.value).partition("keeps the weights: ")[2])
-    assert words[:2] == ["python", "-c"]
+    assert words[:2] == [shortest(Path(sys.executable)), "-c"]
     monkeypatch.chdir(tmp_path)
     exec(words[2], {})
     assert equal(load(tmp_path / "it's $HOME-weights.pth")["state_dict"], dict(model.state_dict()))
@@ -234,7 +235,7 @@ def test_safetensors_that_are_cut_or_can_not_be_read(tmp_path, monkeypatch):
 CLASSES = ["a", "b"]
 BEGINNINGS = [  # of l_tiny on which classes, with what; the options of the network; what is made anew, and what is told
     (CLASSES, {}, {}, [], []),
-    ([], {}, {}, [], []),  # their names are not known
+    ([], {}, {}, [], ["classifier fc is kept: FILE has as many classes, and doesn't name them"]),
     (["a", "c"], {}, {}, ["fc."], ["classifier fc is made anew"]),
     (["a", "b", "c"], {}, {}, ["fc."], ["classifier fc is made anew"]),
     (CLASSES, {"excitation": "none"}, {}, [".gate."], ["The gates are made anew: FILE has none"]),

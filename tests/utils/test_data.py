@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import unicodedata
 from pathlib import Path
 from unittest.mock import Mock
@@ -296,3 +297,9 @@ def test_a_warning_of_a_library_makes_no_bad_image(tmp_path, monkeypatch):
     for workers in (0, 1):
         assert [batch.reasons for batch in data(tmp_path, "-e", "-j", workers).validation()] == [[], []]
         end_workers()
+
+
+def test_a_link_up_gives_a_class_no_images_of_the_others(images, tmp_path):
+    train = shutil.copytree(images / "train", tmp_path / "train")
+    (train / "ring" / "up").symlink_to("..")
+    assert len(ImageFolder(train, 32)) == len(ImageFolder(images / "train", 32))
