@@ -67,8 +67,12 @@ def build_parser() -> Parser:
     add("--lr", "--learning-rate", **FACTOR, default=0.1, help="try 0.1 x images of a step / 256 [%(default)s]")
     add("--schedule", **EPOCHS, default=[30, 60], help="epochs after which the rate drops [30 60]")
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
+    add("--cosine", **SWITCH, default=False, help="let the rate fall by half a cosine, in place of --schedule [no]")
+    add("--warmup", **FACTOR, default=0.0, help="epochs over which the rate rises to --lr, step by step [%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD [%(default)s]")
-    add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty on every parameter [%(default)s]")
+    add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty [%(default)s]")
+    add("--decay", choices=models.DECAYS, default="all", help="on what: weights spares biases, norms and gates [all]")
+    add("--label-smoothing", **PROBABILITY, default=0.0, help="of the training loss [%(default)s]")
     add("--seed", "--manualSeed", **NATURAL, default=0, help="seeds weights, shuffles, crops and dropout [%(default)s]")
 
     add = parser.add_argument_group("run").add_argument
@@ -96,8 +100,7 @@ def main(argv: list[str]) -> int:
     args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
     if args.export or args.visualize:
         if distributed.RANK == 0:
-            write = outputs.export if args.export else outputs.visualize
-            write(args, saved, create_model(args, saved["classes"], saved))
+            outputs.write(args, saved, create_model(args, saved["classes"], saved))
         return 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
         print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
@@ -170,7 +173,7 @@ class Run:
             model.compile()
         self.network = distributed.parallel(Classifier(model, args.amp, args.channels_last), devices)
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-        self.optimizer = torch.optim.SGD(model.parameters(), args.lr, **sgd)
+        self.optimizer = torch.optim.SGD(models.decay_groups(model, args.decay), args.lr, **sgd)
         for parameter in model.parameters() if args.momentum else ():
             # If it skips its first step, a fused optimizer would keep what it has not written.
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -189,16 +192,16 @@ class Run:
             NotFinite: a loss or a gradient is not finite; that step, and those after it, didn't touch the weights.
         """
         while len(self.unread) > behind:
-            step, values = self.unread.popleft()
+            step, lr, values = self.unread.popleft()
             *sums, norm, scale, stopping = values.read()
             self.is_stopping |= stopping > 0
             loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
             # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
             may_overflow = self.scaler.is_enabled() and scale / distributed.PROCESSES >= 2**-10
             if not math.isfinite(loss) or not (is_finite or may_overflow):
-                lr, norm = learning_rate(self.args, self.epoch), norm / distributed.PROCESSES
                 place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, learning rate {lr:g}"
-                raise NotFinite(f"{place}: the loss is {loss:.4g}, the largest gradient {norm:.4g}")
+                text = f"the loss is {loss:.4g}, the largest gradient {norm / distributed.PROCESSES:.4g}"
+                raise NotFinite(f"{place}: {text}")
             self.scores.add([*sums, float(not is_finite)])
 
     def checkpoint(self) -> dict:
@@ -236,9 +239,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
     args = run.args
     while run.epoch < args.epochs:
         label = f"Epoch {run.epoch + 1}/{args.epochs}"
-        lr = learning_rate(args, run.epoch)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
+        lr = learning_rate(args, run.epoch, 0, run.data.steps)
         train_epoch(run, folder, stop, label)
         valid = validate(run.model, run.data, run.devices, args, stop)
         if not math.isfinite(valid.loss):
@@ -252,9 +253,16 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         print(f"{label}  lr {lr:.4g}  train {trained}  valid {valid} {valid.describe_images()}  {took}")
 
 
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """lr * gamma^(milestones passed): a function of the epoch, so that resuming can't lose a drop."""
-    return args.lr * args.gamma ** sum(epoch >= milestone for milestone in args.schedule)
+def learning_rate(args: argparse.Namespace, epoch: int, step: int, steps: int) -> float:
+    """The rate of a step of an epoch's ``steps``: a function of its place, so that resuming can't lose a drop.
+
+    A line up to lr in the warm-up (arXiv 1706.02677); then lr * gamma^(milestones passed), or half a cosine to 0.
+    """
+    done, warmup = epoch * steps + step, args.warmup * steps
+    rate = args.lr * args.gamma ** sum(epoch >= milestone for milestone in args.schedule)
+    if args.cosine:
+        rate = args.lr * (1 + math.cos(math.pi * max(done - warmup, 0) / (args.epochs * steps - warmup))) / 2
+    return rate * min((done + 1) / warmup, 1) if warmup else rate
 
 
 def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
@@ -263,6 +271,8 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
     run.network.train()
     progress = Progress(label, data.steps, data.step_images, lambda: data.waited, run.step)
     for micro_batches in progress.track(data.training(run.epoch, run.step)):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(args, run.epoch, run.step, data.steps)
         distributed.seed_dropout(args.seed, run.epoch, run.step)
         train_step(run, micro_batches, stop)
         progress.scores = str(run.scores)
@@ -281,7 +291,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
         for index, batch in enumerate(micro_batches, 1):
             # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
             with distributed.reduce_if(index == args.iter_size, network):
-                loss, batch_sum, _ = classify(network, batch, run.devices[0])
+                loss, batch_sum, _ = classify(network, batch, run.devices[0], args.label_smoothing)
                 scaler.scale(loss / args.iter_size).backward()
             sums = sums + batch_sum
     scaler.unscale_(run.optimizer)
@@ -290,7 +300,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     norm = torch.nn.utils.get_total_norm(gradients, math.inf)
     scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
     values = distributed.total(torch.cat([sums, torch.stack([norm, scale, stopping]).double()]))
-    run.unread.append((run.step, Reading(values)))
+    run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
     run.read(behind=1 if values.is_cuda else 0)  # a GPU does this step meanwhile, and won't wait for the next one
     # The device itself skips a step that is not finite: this is how a gradient scaler tells a fused optimizer.
     run.optimizer.grad_scale, run.optimizer.found_inf = None, (~(values[0] + values[5]).isfinite()).float()

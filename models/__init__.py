@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .excitation import ChannelGate, LocationGate, activation_map
+from .excitation import ChannelGate, Gate, LocationGate, activation_map
 from .imagenet import resnet, resnext
 from .layers import FORMULATIONS, KINDS, ExcitedConv, excite, fold, is_depthwise
 
@@ -18,6 +18,7 @@ EXCITED = {
 }
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
 ARCHITECTURES = (*EXCITED, *TORCHVISION)
+DECAYS = ("all", "weights")
 
 
 def create(
@@ -67,6 +68,21 @@ def create(
         except ValueError as error:
             raise ValueError(f"{arch}: {error}") from error
     return model
+
+
+def decay_groups(model: nn.Module, decay: str) -> list[dict]:
+    """The parameter groups of an optimizer, of which the first has weight decay.
+
+    Args:
+        decay: ``all`` parameters in one group, or ``weights``: biases, norms and gates in a second one, without decay.
+    """
+    parameters = list(model.parameters())
+    if decay == "all":
+        return [{"params": parameters}]
+    gates = {parameter for module in model.modules() if isinstance(module, Gate) for parameter in module.parameters()}
+    weights = [parameter for parameter in parameters if parameter.ndim > 1 and parameter not in gates]
+    others = [parameter for parameter in parameters if parameter not in {*weights}]
+    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
 
 def describe(model: nn.Module) -> str:

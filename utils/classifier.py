@@ -29,18 +29,21 @@ class Classifier(nn.Module):
             return self.model(normalize(images, self.dtype, self.layout)).to(self.dtype)
 
 
-def classify(network: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def classify(
+    network: nn.Module, batch: Batch, device: torch.device, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss of a batch, in nats, what the batch adds to the scores, and its logits, (N, classes).
 
     Args:
         network: a :class:`Classifier`, perhaps over several devices.
         device: the first one.
+        smoothing: of the labels, in the loss.
     """
     # DataParallel itself sends each device its part of the images.
     images = batch.images if isinstance(network, nn.DataParallel) else batch.images.to(device, non_blocking=True)
     targets = batch.targets.to(device, non_blocking=True)
     logits = network(images)
-    loss = F.cross_entropy(logits, targets)
+    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
     return loss, batch_sums(logits, targets, loss, batch.bad), logits
 
 

@@ -115,7 +115,7 @@ class Data:
             print(f"Images of each shuffle that make no whole step and wait for another epoch: {rest}")
         rate = 0.1 * self.step_images / 256
         if args.lr > 2 * rate:
-            suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}"
+            suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}{' or --warmup 5' * (not args.warmup)}"
             print(f"--lr {args.lr:g} is high for steps of {self.step_images} images; {suggested}")
 
     def training(self, epoch: int, step: int = 0) -> Iterator[Iterator[Batch]]:

@@ -76,6 +76,7 @@ def resolve(
     if args.workers is None:
         args.workers = distributed.default_workers(args.gpu_id)
     check_outputs(args, saved, given)
+    refuse(args.cosine and "schedule" in given, "--schedule: --cosine goes without drops of the rate; leave one out")
     check_training(args)
     check_network(args, excited, architectures)
     return args, saved, init
@@ -190,6 +191,7 @@ def check_training(args: argparse.Namespace) -> None:
     refuse(args.data is None, "--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
     ended = args.start_epoch >= args.epochs
     refuse(ended, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
+    refuse(args.warmup >= args.epochs, f"{typed(args, 'warmup')}: nothing is left of --epochs {args.epochs}")
     ids = args.gpu_id.split(",")
     is_list = all(number.isdecimal() for number in ids) and len({*ids}) == len(ids)
     refuse(not is_list, f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1")

@@ -14,6 +14,19 @@ from utils.errors import BadInput
 from utils.files import write_output
 
 
+def write(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
+    """Write what the command asks for.
+
+    Args:
+        saved: the run's checkpoint.
+        model: the network with its weights.
+
+    Raises:
+        BadInput: it can't be written, or there is nothing to draw.
+    """
+    (export if args.export else visualize)(args, saved, model)
+
+
 def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
     """Write the folded weights as a plain state_dict, and say how to load it."""
     contents, classes = io.BytesIO(), len(saved["classes"])

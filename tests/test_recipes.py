@@ -1,0 +1,82 @@
+"""Warm-up, cosine, label smoothing, and what weight decay is on."""
+
+import math
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import imagenet
+import models
+from tests.helpers import EXCITED, assert_same_run
+from utils.classifier import classify
+from utils.logger import read_log
+from utils.workers import Batch
+
+EPOCHS, STEPS = 4, 3
+
+
+def cosine(done: float, total: float) -> float:
+    return (1 + math.cos(math.pi * done / total)) / 2
+
+
+# Of the options, and of each of 4 x 3 steps the factor on the rate.
+SCHEDULES = {
+    "--schedule 1 3": [1] * 3 + [0.1] * 6 + [0.01] * 3,
+    "--cosine": [cosine(step, 12) for step in range(12)],
+    "--schedule 3 --warmup 1.5": [*(step / 4.5 for step in range(1, 5)), *[1] * 5, *[0.1] * 3],
+    "--cosine --warmup 2": [*(step / 6 for step in range(1, 7)), *(cosine(step, 6) for step in range(6))],
+    "--schedule --warmup 0.1": [1] * 12,
+}
+
+
+@pytest.mark.parametrize("options", SCHEDULES)
+def test_the_rate_of_each_step_across_a_resumption(command, images, tmp_path, monkeypatch, stop_after, options):
+    train_step, rates = imagenet.train_step, []
+
+    def recording(run, *rest):
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+        train_step(run, *rest)
+
+    monkeypatch.setattr(imagenet, "train_step", recording)
+    words = [*EXCITED, "-d", images, "--epochs", EPOCHS, *options.split(), "--lr", 0.004, "--decay", "weights"]
+    assert command(*words, "-c", tmp_path / "whole").status == 0
+    expected = [0.004 * factor for factor in SCHEDULES[options]]
+    assert rates == [[pytest.approx(rate, rel=1e-12)] * 2 for rate in expected]
+    rows = read_log(tmp_path / "whole" / "log.txt")
+    assert [row["Learning Rate"] for row in rows] == [pytest.approx(rate, rel=1e-5) for rate in expected[::STEPS]]
+    rates.clear()
+    stop_after(2)
+    assert command(*words, "-c", tmp_path / "parts").status == 128 + signal.SIGTERM
+    assert command("--resume", tmp_path / "parts").status == 0
+    assert rates == [[pytest.approx(rate, rel=1e-12)] * 2 for rate in expected]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_schedules_that_are_refused(command, images):
+    words = [*EXCITED, "-d", images, "--epochs", 3]
+    assert "--schedule: --cosine goes without" in command(*words, "--cosine", "--schedule", 1).err
+    assert "--warmup 3.0: nothing is left of --epochs 3" in command(*words, "--warmup", 3).err
+
+
+def test_label_smoothing():
+    network = nn.Sequential(nn.Flatten(1), nn.Linear(12, 5)).double()
+    batch = Batch(torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 4, 2, 2]), 0, [])
+    loss, _, logits = classify(network, batch, torch.device("cpu"), 0.1)
+    log_probabilities = logits.log_softmax(1)
+    spread = -0.9 * log_probabilities[range(4), batch.targets] - 0.1 * log_probabilities.mean(1)
+    torch.testing.assert_close(loss, spread.mean())
+    torch.testing.assert_close(classify(network, batch, torch.device("cpu"))[0], F.cross_entropy(logits, batch.targets))
+
+
+def test_what_is_decayed():
+    model = models.create("l_tiny", num_classes=3)
+    weights, others = models.decay_groups(model, "weights")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed = {name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) or name == "fc"}
+    assert {names[parameter] for parameter in weights["params"]} == {f"{name}.weight" for name in decayed}
+    assert {*weights["params"], *others["params"]} == {*model.parameters()}
+    assert others["weight_decay"] == 0
+    assert [group["params"] for group in models.decay_groups(model, "all")] == [list(model.parameters())]
