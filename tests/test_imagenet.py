@@ -158,7 +158,7 @@ def test_the_demo(command, tmp_path, monkeypatch):
     words = ["--demo", "-a", "l_tiny", "--epochs", 1, "-j", 0]
     first = command(*words)
     assert first.status == 0
-    assert "python imagenet.py -a l_resnet50 --data DIR" in first.out
+    assert "imagenet.py -a l_resnet50 --data DIR" in first.out
     assert "checkpoints/demo/log.png" in first.out
     assert "--image-size=32" in Path("checkpoints/demo/command.txt").read_text()
     assert len(os.listdir("data/demo/train")) == 10
