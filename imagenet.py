@@ -7,7 +7,8 @@ python imagenet.py -e --resume RUN                       evaluate
 torchrun --nproc-per-node 4 imagenet.py ...              the same, in several processes
 """
 
-import utils.start  # isort: skip  # noqa: F401
+if __name__ == "__main__":
+    import utils.start  # noqa: F401
 
 import argparse
 import math
@@ -81,7 +82,7 @@ def build_parser() -> Parser:
     add("--save-freq", **NATURAL, default=0, help="optimizer steps between checkpoints; 0: each epoch [%(default)s]")
     add("--keep-freq", **NATURAL, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")
     add("--resume", type=path, metavar="RUN", help="continue a run: its folder, or a checkpoint file")
-    add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; nothing is written")
+    add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; only --predictions writes")
     add("--predictions", type=path, metavar="FILE", help="with -e, write a row of text for each image")
     add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
     add("--visualize", **FOLDER, help="draw the weights and gates of --resume")
@@ -128,7 +129,7 @@ def main(argv: list[str]) -> int:
         folder.note(f"# as typed\n{distributed.command(argv)}\n# every option\n{options.command(args)}\n")
         try:
             train(run, folder, stop)
-        except Stopped as stopped:  # by a signal, between two steps
+        except Stopped as stopped:  # by a signal
             folder.save(run.checkpoint(), run.log)
             distributed.leave()
             return folder.describe_stop(stopped.number, f"epoch {run.epoch + 1} after {run.step} of {data.steps} steps")
@@ -197,11 +198,10 @@ class Run:
             self.is_stopping |= stopping > 0
             loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
             # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
-            may_overflow = self.scaler.is_enabled() and scale / distributed.PROCESSES >= 2**-10
+            may_overflow = self.scaler.is_enabled() and scale >= 2**-10
             if not math.isfinite(loss) or not (is_finite or may_overflow):
                 place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, learning rate {lr:g}"
-                text = f"the loss is {loss:.4g}, the largest gradient {norm / distributed.PROCESSES:.4g}"
-                raise NotFinite(f"{place}: {text}")
+                raise NotFinite(f"{place}: the loss is {loss:.4g}, the largest gradient {norm:.4g}")
             self.scores.add([*sums, float(not is_finite)])
 
     def checkpoint(self) -> dict:
@@ -243,7 +243,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         train_epoch(run, folder, stop, label)
         valid = validate(run.model, run.data, run.devices, args, stop)
         if not math.isfinite(valid.loss):
-            raise NotFinite(f"{label}: the validation loss is {valid.loss} at learning rate {lr:g}")
+            raise NotFinite(f"{label}, begun at learning rate {lr:g}: the validation loss is {valid.loss}")
         trained, run.scores = run.scores, Scores()
         run.epoch, run.step = run.epoch + 1, 0
         is_best = valid.top1 > run.best_acc
@@ -296,10 +296,10 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
             sums = sums + batch_sum
     scaler.unscale_(run.optimizer)
     # Max norm: a sum of squares can overflow although every gradient is finite.
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, math.inf)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], math.inf)
     scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
-    values = distributed.total(torch.cat([sums, torch.stack([norm, scale, stopping]).double()]))
+    state = torch.stack([norm, scale, stopping]).double() / distributed.PROCESSES  # their means, once added up
+    values = distributed.total(torch.cat([sums, state]))
     run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
     run.read(behind=1 if values.is_cuda else 0)  # a GPU does this step meanwhile, and won't wait for the next one
     # The device itself skips a step that is not finite: this is how a gradient scaler tells a fused optimizer.

@@ -74,14 +74,15 @@ def decay_groups(model: nn.Module, decay: str) -> list[dict]:
     """The parameter groups of an optimizer, of which the first has weight decay.
 
     Args:
-        decay: ``all`` parameters in one group, or ``weights``: biases, norms and gates in a second one, without decay.
+        decay: ``all`` parameters in one group; or ``weights``, with those of one dimension, such as biases and norms',
+            and the gates' in a second group, without decay.
     """
     parameters = list(model.parameters())
     if decay == "all":
         return [{"params": parameters}]
     gates = {parameter for module in model.modules() if isinstance(module, Gate) for parameter in module.parameters()}
+    others = [parameter for parameter in parameters if parameter.ndim < 2 or parameter in gates]
     weights = [parameter for parameter in parameters if parameter.ndim > 1 and parameter not in gates]
-    others = [parameter for parameter in parameters if parameter not in {*weights}]
     return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
 

@@ -28,12 +28,14 @@ import json
 import math
 import os
 import platform
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 
+from utils import distributed
 from utils.errors import BadInput, NotFinite
 from utils.logger import COLUMNS
 from utils.meters import Scores
@@ -129,6 +131,7 @@ def load(file: Path) -> dict:
         unusable = unusable or _out_of_bounds(checkpoint)
         if unusable:
             raise damaged(file, f"it has no usable {unusable[0]!r}")
+        checkpoint["classes"] = [unicodedata.normalize("NFC", name) for name in checkpoint["classes"]]
         checkpoint["missing"] = []
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -395,7 +398,7 @@ def set_random_state(state: dict) -> None:
 @contextlib.contextmanager
 def undone_if_stopped(model: torch.nn.Module, micro_batches: int) -> Iterator[None]:
     """Where a signal ends the run in the middle of a step, make random state and buffers what they were before it."""
-    if micro_batches == 1:  # nothing is done before the only wait
+    if micro_batches == 1 or distributed.PROCESSES > 1:  # nothing is done before the only wait, or no wait is ended
         yield
         return
     state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]

@@ -8,7 +8,6 @@ import multiprocessing.resource_tracker
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
 from pathlib import Path
@@ -66,7 +65,7 @@ class Data:
         start = time.monotonic()
         self.folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
         self.classes = self.folders[VAL].classes
-        if saved and [unicodedata.normalize("NFC", name) for name in saved["classes"]] not in ([], self.classes):
+        if saved and saved["classes"] not in ([], self.classes):
             raise BadInput(f"--data: the classes in {args.data} are not those that {saved['file']} was trained on")
         if not args.evaluate:
             train = Path(args.data, TRAIN)
@@ -114,8 +113,8 @@ class Data:
         if rest:
             print(f"Images of each shuffle that make no whole step and wait for another epoch: {rest}")
         rate = 0.1 * self.step_images / 256
-        if args.lr > 2 * rate:
-            suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}{' or --warmup 5' * (not args.warmup)}"
+        if args.lr > 2 * rate and not args.warmup:
+            suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}, or --warmup"
             print(f"--lr {args.lr:g} is high for steps of {self.step_images} images; {suggested}")
 
     def training(self, epoch: int, step: int = 0) -> Iterator[Iterator[Batch]]:

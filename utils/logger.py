@@ -3,7 +3,8 @@
 python -m utils.logger RUN [RUN ...] --out FILE.png
 """
 
-import utils.start  # isort: skip  # noqa: F401
+if __name__ == "__main__":
+    import utils.start  # noqa: F401
 
 import contextlib
 import itertools
@@ -145,20 +146,22 @@ def draw_curve(axes: Axes, rows: list[dict[str, float]], column: str, style: dic
 
 
 def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:
-    """A line with the new learning rate wherever it fell."""
-    for before, after in pairwise(rows):
-        if after["Learning Rate"] < before["Learning Rate"]:
-            axes.axvline(before["Epoch"] + 0.5, color="0.8", zorder=0)
-            axes.annotate(
-                f"lr {after['Learning Rate']:.3g}",
-                (before["Epoch"] + 0.5, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -3),
-                textcoords="offset points",
-                va="top",
-                color="0.4",
-                fontsize="small",
-            )
+    """A line with the new learning rate wherever it dropped."""
+    drops = [pair for pair in pairwise(rows) if pair[1]["Learning Rate"] < pair[0]["Learning Rate"]]
+    if 2 * len(drops) > len(rows):  # it falls all the time
+        return
+    for before, after in drops:
+        axes.axvline(before["Epoch"] + 0.5, color="0.8", zorder=0)
+        axes.annotate(
+            f"lr {after['Learning Rate']:.3g}",
+            (before["Epoch"] + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            color="0.4",
+            fontsize="small",
+        )
 
 
 def main(argv: list[str]) -> int:

@@ -89,8 +89,11 @@ def folder_of(options: dict) -> str:
 
 def of_restart(given: dict, folder: str) -> dict:
     """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
-    is_fresh = not {"resume", "overwrite", *OUTPUTS} & given.keys()
-    if is_fresh and os.path.exists(os.path.join(folder, LAST)):
+    if {*OUTPUTS} & given.keys():
+        return given
+    # Without --overwrite, what the folder holds is this run's: the first start refuses any other's.
+    is_own = "overwrite" not in given and ("resume" not in given or "checkpoint" in given)
+    if is_own and os.path.exists(os.path.join(folder, LAST)):
         given = {name: value for name, value in given.items() if name not in BEGINNING} | {"resume": folder}
     return given | {"overwrite": False}
 
@@ -148,7 +151,7 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     knows_epoch = "epoch" not in saved["missing"]
     refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
     refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
-    fixed = dict.fromkeys(("arch", *NETWORK), "of a run") if saved["options"] else {}
+    fixed = dict.fromkeys(("arch", "decay", *NETWORK), "of a run") if saved["options"] else {}
     if saved["step"] and not any(getattr(args, name) for name in OUTPUTS):
         # The shuffle and the groups must go on as they were.
         fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
@@ -156,12 +159,12 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     is_elsewhere = not has_data and not os.path.isdir(args.data)
     refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
     for name, where in fixed.items():
-        old = saved["options"].get(name)
+        old = ({"decay": "all"} | saved["options"]).get(name)  # which older runs don't have
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
 
 
 def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> None:
-    """That --evaluate, --export and --visualize have something to work on, and write over nothing."""
+    """That the commands that don't train have something to work on, and write over nothing."""
     outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
     if len(outputs) > 1:
         raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
@@ -223,8 +226,13 @@ def common(args: argparse.Namespace) -> dict:
 
 def command(args: argparse.Namespace) -> str:
     """The command with every option of the run."""
-    words, begin = [], {name: getattr(args, name) for name in ("checkpoint", "init", "resume")}
+    begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume")}
+    # What is refused beside others, and means nothing there.
+    left_out = ["schedule"] * args.cosine + ["pretrained"] * (args.resume is not None)
+    words = []
     for name, value in (of_run(args) | begin).items():
+        if name in left_out:
+            continue
         if isinstance(value, list):
             words += [flag(name), *map(str, value)]
         elif isinstance(value, bool):

@@ -29,8 +29,10 @@ class Predictions:
     def add(self, batch: Batch, logits: Tensor) -> None:
         """Add those of a batch, from its logits (N, classes)."""
         targets = batch.targets.to(logits.device)
-        probabilities, guesses = logits.double().softmax(1).max(1)
+        guesses = logits.topk(min(5, logits.shape[1])).indices[:, 0]  # as the scores have it, of several that are equal
+        probabilities = logits.double().softmax(1).gather(1, guesses[:, None])[:, 0]
         ranks = 1 + (logits > logits.gather(1, targets[:, None])).sum(1)
+        ranks += (ranks == 1) & (guesses != targets)
         columns = (targets, guesses, probabilities, ranks)
         self.rows += zip(batch.indices, *(column.tolist() for column in columns), strict=True)
 

@@ -1,4 +1,4 @@
-"""Signals, answered between two optimizer steps, with nothing lost."""
+"""Signals, answered between two optimizer steps or where one waits for a batch, with nothing lost."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP",
 
 
 class Stopped(Exception):
-    """A signal has ended the run, between two steps."""
+    """A signal has ended the run; a step that it cuts short counts as not begun."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

@@ -29,7 +29,10 @@ running: list[multiprocessing.Process] = []  # the processes that load images fo
 
 
 class Batch(NamedTuple):
-    """Images, uint8 (N, 3, size, size), and their classes, (N,); how many could not be decoded, and why."""
+    """Images, uint8 (N, 3, size, size), and their classes, (N,); how many could not be decoded, and why.
+
+    On its way from a worker, it has its classes in a list.
+    """
 
     images: Tensor | None  # None: the batch could not be handed over
     targets: Tensor

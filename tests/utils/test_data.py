@@ -127,7 +127,7 @@ def test_classes_are_compared_in_one_unicode_form(tmp_path):
     composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     (tmp_path / "train" / "ring").rename(tmp_path / "train" / apart)
     (tmp_path / "val" / "ring").rename(tmp_path / "val" / composed)
-    source = data(tmp_path, saved={"classes": [apart, "target"], "step": 0})
+    source = data(tmp_path, saved={"classes": [composed, "target"], "step": 0})
     assert source.classes == source.folders[TRAIN].classes == [composed, "target"]
     assert all(map(os.path.isfile, paths(source.folders[TRAIN])))
     with pytest.raises(BadInput, match="are not those that FILE was trained on"):

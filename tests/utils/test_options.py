@@ -1,5 +1,6 @@
 """Options that a checkpoint can't have had, and a batch that processes can't share."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,13 @@ def test_a_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert path("~/images") == "/home/me/images"
     assert path("a~b") == "a~b"
+
+
+def test_the_noted_command_can_be_given(images, run):
+    """A run by --cosine, and a resumed one that began with pretrained weights."""
+    args = resolve("--data", str(images), "--cosine", "-c", str(run / "new"), "--start-epoch", "3")
+    words = shlex.split(options.command(args))[2:]
+    assert vars(resolve(*words)) | {"start_epoch": 3} == vars(args)
+    args = resolve("--resume", str(run), "--epochs", "3")
+    args.pretrained = True
+    assert resolve(*shlex.split(options.command(args))[2:]).resume == str(run)
