@@ -171,7 +171,7 @@ def test_a_signal_to_all(command, images, tmp_path, number):
         for pid in {process.pid, *of_session(process.pid)}:
             os.killpg(pid, number)
         out = assert_stopped(process, tmp_path, number.name)
-    assert re.search(r"\n  torchrun --nproc-per-node 2 .+ --resume=\S+\n", out)
+    assert re.search(r"\n  [^\n]*torchrun.? --nproc-per-node 2 .+ --resume=\S+\n", out)
     epoch = checkpoint(tmp_path)["epoch"]
     assert epoch >= 1
     assert command("--resume", tmp_path, "--epochs", epoch + 1).status == 0
