@@ -226,9 +226,9 @@ def common(args: argparse.Namespace) -> dict:
 
 def command(args: argparse.Namespace) -> str:
     """The command with every option of the run."""
-    begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume")}
+    begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
     # What is refused beside others, and means nothing there.
-    left_out = ["schedule"] * args.cosine + ["pretrained"] * (args.resume is not None)
+    left_out = ["schedule"] * args.cosine + ["pretrained", "start_epoch"] * (args.resume is not None)
     words = []
     for name, value in (of_run(args) | begin).items():
         if name in left_out:
