@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .excitation import ChannelGate, Gate, LocationGate, activation_map
 from .imagenet import resnet, resnext
-from .layers import FORMULATIONS, KINDS, ExcitedConv, excite, fold, is_depthwise
+from .layers import FORMULATIONS, PLAIN, ExcitedConv, excite, fold, is_depthwise
 
 EXCITED = {
     name: constructor
@@ -89,7 +89,7 @@ def decay_groups(model: nn.Module, decay: str) -> list[dict]:
 def describe(model: nn.Module) -> str:
     """A model's parameters and what excites its weights, in words."""
     total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
-    every = [module for module in model.modules() if isinstance(module, tuple(KINDS))]
+    every = [module for module in model.modules() if isinstance(module, PLAIN)]
     convs = [conv for conv in every if isinstance(conv, ExcitedConv) and conv.excites]
     if not convs:
         return f"{total}; plain weights"

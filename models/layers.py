@@ -191,6 +191,7 @@ class Conv3d(ExcitedConv, nn.Conv3d):
 
 
 KINDS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}  # of a plain convolution, the excited one
+PLAIN = tuple(KINDS)
 
 
 @torch.fx.wrap  # a step of its own where a model is traced
@@ -253,7 +254,7 @@ def excite(
     """
     settings = Settings(excitation, formulation, standardize, reduction, margin)
     settings.check()
-    convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, tuple(KINDS))}
+    convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, PLAIN)}
     normalized = {module} | before_normalization(module)
     chosen = []
     for name, conv in convs.items():
@@ -285,7 +286,7 @@ def before_normalization(model: nn.Module) -> set[_ConvNd]:
     for module in model.modules():
         if module in gates:
             continue
-        if isinstance(module, tuple(KINDS)):
+        if isinstance(module, PLAIN):
             last = module
         elif isinstance(module, NORM_TYPES) or type(module).__name__.endswith(NORM_NAMES):
             found |= {last} - {None}
