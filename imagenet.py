@@ -35,10 +35,10 @@ from utils.workers import Batch
 
 def build_parser() -> Parser:
     """The command line; each help text gives the unit and, in brackets, the default."""
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    archs = f"{', '.join(models.EXCITED)},\nor a torchvision classifier such as resnet50 [%(default)s]"
-    we = "we: both halves; mwe, lwe: one; none: only standardization\n[we for l_*; torchvision's stay plain]"
-    channel = "channel: MWE is the channel gate, LWE the activation map;\n"
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    archs = f"{', '.join(models.EXCITED)}, or a torchvision classifier such as resnet50 [%(default)s]"
+    we = "we: both halves; mwe, lwe: one; none: only standardization [we for l_*; torchvision's stay plain]"
+    channel = "channel: MWE is the channel gate, LWE the activation map; "
     paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
 
     add = parser.add_argument_group("data").add_argument
@@ -52,6 +52,7 @@ def build_parser() -> Parser:
     add("-a", "--arch", default="l_resnet50", metavar="ARCH", help=archs)
     add("--cardinality", **COUNT, default=32, help="groups of l_resnext* [%(default)s]")
     add("--base-width", **COUNT, default=4, help="channels per group of l_resnext*, in its first stage [%(default)s]")
+    add("--stem", choices=models.STEMS, default="large", help="small: for images of 28 to 64 pixels [%(default)s]")
     add("--excitation", choices=EXCITATIONS, help=we)
     add("--formulation", choices=FORMULATIONS, default="channel", help=channel + paper)
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")
@@ -132,7 +133,9 @@ def main(argv: list[str]) -> int:
         except Stopped as stopped:  # by a signal
             folder.save(run.checkpoint(), run.log)
             distributed.leave()
-            return folder.describe_stop(stopped.number, f"epoch {run.epoch + 1} after {run.step} of {data.steps} steps")
+            return folder.describe_stop(
+                stopped.number, f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"
+            )
         distributed.leave()
         return folder.describe_end(run.best_acc, args.demo)
 
@@ -231,7 +234,7 @@ class Run:
         self.scores, self.log.rows = Scores(saved["sums"]), saved["log"]
         checkpoint.load_optimizer(self.optimizer, saved)
         checkpoint.load_random_state(self.scaler, saved)
-        print(checkpoint.describe(saved))
+        print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
 
 
 def train(run: Run, folder: RunFolder, stop: Stop) -> None:

@@ -19,6 +19,7 @@ EXCITED = {
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
 ARCHITECTURES = (*EXCITED, *TORCHVISION)
 DECAYS = ("all", "weights")
+STEMS = ("large", "small")
 
 
 def create(
@@ -31,6 +32,7 @@ def create(
     standardize: bool = True,
     cardinality: int = 32,
     base_width: int = 4,
+    stem: str = "large",
     drop: float = 0.0,
     image_size: int = 224,
 ) -> nn.Module:
@@ -44,6 +46,7 @@ def create(
             torchvision's. Where it is given for those, the convolutions that a norm follows are excited.
         formulation, standardize: as for :class:`models.layers.ExcitedConv`.
         cardinality, base_width: of l_resnext*.
+        stem: ``large`` or, for images of 28 to 64 pixels, ``small``: of l_* and of torchvision's ResNets and ResNeXts.
         drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.
         image_size: for the torchvision architectures that are built for one size.
 
@@ -51,17 +54,27 @@ def create(
         ValueError: an unknown architecture, or options that it can't be built with.
         OSError, RuntimeError: pretrained weights can't be downloaded or read.
     """
+    if stem not in STEMS:
+        raise ValueError(f"stem must be one of {', '.join(STEMS)}")
     excited = {"excitation": excitation, "formulation": formulation, "standardize": standardize}
     if arch in EXCITED:
         if pretrained:
             raise ValueError(f"there are no pretrained weights for {arch}")
         width = {"cardinality": cardinality, "base_width": base_width} if arch.startswith("l_resnext") else {}
         return EXCITED[arch](
-            num_classes=num_classes, drop=drop, **width, **excited | {"excitation": excitation or "we"}
+            num_classes=num_classes,
+            small_stem=stem == "small",
+            drop=drop,
+            **width,
+            **excited | {"excitation": excitation or "we"},
         )
     if arch not in TORCHVISION:
         raise ValueError(f"there is no architecture {arch!r}")
     model = _torchvision(arch, num_classes, pretrained, drop, image_size)
+    if stem == "small":
+        if pretrained or not isinstance(model, torchvision.models.ResNet):
+            raise ValueError(f"there is no small stem for {arch}{' with pretrained weights' * pretrained}")
+        resnet.use_small_stem(model)
     if excitation is not None:
         try:
             excite(model, **excited)
@@ -162,7 +175,9 @@ def _with_classes(classifier: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Lin
     return nn.Linear(classifier.in_features, num_classes, bias)
 
 
-def loading_lines(arch: str, num_classes: int, cardinality: int, base_width: int, image_size: int, file: str) -> str:
+def loading_lines(
+    arch: str, num_classes: int, cardinality: int, base_width: int, stem: str, image_size: int, file: str
+) -> str:
     """The lines of Python that load the folded weights of ``arch`` strictly into torchvision's network."""
     options, timm = f"num_classes={num_classes}", ""
     if arch == "l_resnet50":
@@ -178,8 +193,13 @@ def loading_lines(arch: str, num_classes: int, cardinality: int, base_width: int
         options += f", image_size={image_size}"
     elif arch.startswith("maxvit"):
         options += f", input_size=({image_size}, {image_size})"
+    small = (
+        "  model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()\n"
+        if stem == "small"
+        else ""
+    )
     return (
-        f"  import torch, torchvision\n  model = torchvision.models.{arch}({options})\n{timm}"
+        f"  import torch, torchvision\n  model = torchvision.models.{arch}({options})\n{timm}{small}"
         f"  model.load_state_dict(torch.load({file!r}, weights_only=True))"
     )
 

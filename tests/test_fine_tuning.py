@@ -28,7 +28,7 @@ def test_fine_tuning_on_other_classes(command, run, tmp_path):
     assert f"--init={run}" in (new / "command.txt").read_text()
     # It goes on without what it began with.
     shutil.rmtree(run)
-    assert "1 epochs and 0 steps done" in command("--resume", new, "--epochs", 2, "--lr", 0.002).out
+    assert "at epoch 2/2, step 0/" in command("--resume", new, "--epochs", 2, "--lr", 0.002).out
 
 
 def test_an_export_begins_a_training_as_the_run_ended(command, finished, images, tmp_path):

@@ -207,8 +207,10 @@ def test_pretrained_weights(command, images, tmp_path, monkeypatch):
 
 NETWORKS = {
     "l_resnet50": {"formulation": "paper"},
+    "l_resnet18": {"stem": "small"},
+    "resnet18": {"excitation": "we", "formulation": "paper", "stem": "small"},
     "shufflenet_v2_x0_5": {"excitation": "we", "formulation": "paper"},
-    "l_resnext50": {"cardinality": 8},
+    "l_resnext50": {"cardinality": 8, "stem": "small"},
     "inception_v3": {"excitation": "lwe", "image_size": 96},
 }
 LARGE = ("l_resnext50", "inception_v3")
@@ -218,7 +220,7 @@ LARGE = ("l_resnext50", "inception_v3")
 def test_exported_weights_load_elsewhere_with_the_same_logits(command, run, tmp_path, arch):
     saved = checkpoint(run)
     options = saved["options"] | NETWORKS[arch] | {"arch": arch}
-    names = ("excitation", "formulation", "standardize", "cardinality", "base_width", "image_size")
+    names = ("excitation", "formulation", "standardize", "cardinality", "base_width", "stem", "image_size")
     ours = models.create(arch, num_classes=2, **{name: options[name] for name in names})
     with torch.no_grad():
         for parameter in ours.parameters():
@@ -261,8 +263,12 @@ BAD_VALUES = """
 # After "-d IMAGES -a l_tiny --epochs 1" and small sizes; the last of an option counts.
 BAD_COMBINATIONS = {
     "-a l_resnet51": "close are l_resnet50",
+    "--shedule 3": "close are --schedule",
+    "--excitation paper": "--excitation: paper is a choice of --formulation",
+    "-a resnet18 --formulation paper": "--formulation: resnet18 stays plain",
     "-a squeezenet1_1 --excitation we": "normalization",
     "-a squeezenet1_1 --image-size 8": "--image-size 8",
+    "-a squeezenet1_1 --stem small": "--stem small",
     "-a vit_b_32 --image-size 33": "vit_b_32",
     "-a shufflenet_v2_x0_5 --train-batch 1": "--image-size 32",
     "-a l_resnext50 --base-width 3 --cardinality 3": "--base-width 3",
@@ -290,6 +296,7 @@ def test_bad_flags(command, images, tmp_path, monkeypatch, words):
     assert_refused(command(*EXCITED, "-d", images, "--epochs", 1, *given), BAD_FLAGS[words])
     assert os.listdir(tmp_path) == []
     assert_refused(command(), "--data: name the folder")
+    assert_refused(command("-d", images / "train"), f"did you mean {images}?")
 
 
 def test_bad_checkpoints(command, finished, tmp_path, monkeypatch):
@@ -332,7 +339,8 @@ def test_bad_checkpoints(command, finished, tmp_path, monkeypatch):
 
 def test_a_run_keeps_its_network(command, run):
     before = contents(run)
-    for words in ("-a resnet18", "--excitation none", "--no-standardize", "--start-epoch 1", "--pretrained"):
+    network = ("-a resnet18", "--excitation none", "--no-standardize", "--stem small")
+    for words in (*network, "--start-epoch 1", "--pretrained"):
         text = words.replace("--no-", "--").replace("-a", "--arch").replace("epoch 1", "epoch")
         assert_refused(command("--resume", run, "--epochs", 3, *words.split()), text)
     assert contents(run) == before

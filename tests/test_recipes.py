@@ -1,4 +1,4 @@
-"""Warm-up, cosine, label smoothing, and what weight decay is on."""
+"""Warm-up, cosine, label smoothing, weight decay, and runs from before them."""
 
 import math
 import signal
@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import imagenet
 import models
-from tests.helpers import EXCITED, assert_same_run
+from tests.helpers import EXCITED, assert_same_run, checkpoint
+from utils.checkpoint import LAST
 from utils.classifier import classify
 from utils.logger import read_log
 from utils.workers import Batch
@@ -59,6 +60,14 @@ def test_schedules_that_are_refused(command, images):
     words = [*EXCITED, "-d", images, "--epochs", 3]
     assert "--schedule: --cosine goes without" in command(*words, "--cosine", "--schedule", 1).err
     assert "--warmup 3.0: nothing is left of --epochs 3" in command(*words, "--warmup", 3).err
+
+
+def test_a_run_from_before_these_options_goes_on(command, run):
+    saved = checkpoint(run)
+    for name in ("stem", "decay", "warmup", "cosine", "label_smoothing"):
+        del saved["options"][name]
+    torch.save(saved, run / LAST)
+    assert command("--resume", run, "--epochs", 3).status == 0
 
 
 def test_label_smoothing():

@@ -76,7 +76,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert (saved["epoch"], saved["step"]) == (epoch, min(check + 1, 6 // iter_size))
     resumed = command("--resume", run, "-j", later_workers)
     assert resumed.status == 0
-    assert f"{epoch} epochs and {saved['step']} steps done" in resumed.out
+    assert f"at epoch {epoch + 1}/2, step {saved['step']}/" in resumed.out
     assert_same_run(tmp_path / "whole", run)
 
 
@@ -260,7 +260,7 @@ def test_the_one_before_a_damaged_checkpoint(command, run, tmp_path):
     assert f"{run / LAST} is damaged" in evaluated.out
     assert f"Going back to {run / PREVIOUS}" in evaluated.out
     resumed = command("--resume", run, "--epochs", 3)
-    assert "1 epochs and 0 steps done" in resumed.out
+    assert "at epoch 2/" in resumed.out
     assert_same_run(whole, run)
     flip(run / LAST)
     flip(run / PREVIOUS)
@@ -286,7 +286,7 @@ def test_going_on_from_another_trainer(command, images, run, tmp_path):
     assert command(*words, "--resume", file, "-c", file.parent).status == 2
     result = command(*words, "--resume", file, "-c", tmp_path / "new")
     assert result.status == 0
-    assert "of another trainer: its weights, epoch, optimizer, best top-1\n" in result.out
+    assert "of another trainer, with its weights, epoch, optimizer, best top-1\n" in result.out
     assert "Not in it, and as this command has it: options, classes" in result.out
     assert file.read_bytes() == before
     # The shuffle and the rate are functions of the epoch, so this is what the run itself would have done.

@@ -129,7 +129,7 @@ def assert_stopped(process: subprocess.Popen, folder: Path, name: str) -> str:
     ended = finish(process)
     assert ended.status != 0
     assert ended.ours == []
-    assert f"Stopped by {name} in epoch " in ended.out
+    assert f"Stopped by {name} at epoch " in ended.out
     saved = checkpoint(folder)
     places = re.findall(r"process (\d) stops after (\d+) epochs and (\d+) steps", ended.err)
     assert sorted(places) == [(str(rank), str(saved["epoch"]), str(saved["step"])) for rank in range(2)]
@@ -272,6 +272,6 @@ def test_a_restart_goes_on_and_overwrites_nothing(command, images, tmp_path, ove
         assert (checkpoint(tmp_path / "run")["epoch"], checkpoint(tmp_path / "run")["step"]) != (0, 0)
         return
     assert ended.status == 0, ended.err
-    assert "Going on from" in ended.out
+    assert "Resuming" in ended.out
     several(2, "as-it-is", *words, "-c", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")

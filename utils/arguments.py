@@ -1,9 +1,10 @@
-"""What argparse lacks: errors of one line, and numbers with bounds."""
+"""What argparse lacks: errors of one line that say what was meant, and numbers with bounds."""
 
 import argparse
+import difflib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from utils.errors import BadInput
 
@@ -18,6 +19,33 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise BadInput(message)
 
+    def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            hint = closest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"{unknown[0]}: no such option; {hint}")
+        return namespace
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            others = [other.option_strings[-1] for other in self._actions if value in (other.choices or ())]
+            if others:
+                raise argparse.ArgumentError(action, f"{value} is a choice of {others[0]}")
+        super()._check_value(action, value)
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """What a misspelt word may have meant."""
+    close = ", ".join(difflib.get_close_matches(word, words))
+    return f"close are {close}" if close else "see --help"
+
+
+class Flat(argparse.Action):
+    """Store the numbers of several lists as one."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, [number for part in values for number in part])
+
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], int | float]:
     """An argparse type: an int or float in [low, high)."""
@@ -31,6 +59,11 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], in
 
     convert.__name__ = "whole number" if kind is int else "number"  # argparse prints it where the text is none
     return convert
+
+
+def epochs(text: str) -> list[int]:
+    """An argparse type: whole numbers, separated by commas."""
+    return [number(int, 0, 2**63)(part) for part in text.split(",") if part]
 
 
 def path(text: str) -> str:
@@ -48,7 +81,7 @@ def flag(name: str) -> str:
 # The kinds of options: keywords of add_argument().
 COUNT = {"type": number(int, 1, 2**31), "metavar": "N"}
 NATURAL = {"type": number(int, 0, 2**63), "metavar": "N"}
-EPOCHS = {"type": number(int, 0, 2**63), "nargs": "*", "metavar": "EPOCH"}
+EPOCHS = {"type": epochs, "nargs": "*", "action": Flat, "metavar": "EPOCH"}
 FACTOR = {"type": number(float, 0), "metavar": "X"}
 PROBABILITY = {"type": number(float, 0, 1), "metavar": "P"}
 FOLDER = {"type": path, "metavar": "DIR"}

@@ -257,17 +257,17 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
     return [key for key, is_usable in usable.items() if not is_usable]
 
 
-def describe(saved: dict) -> str:
-    """What is taken from a checkpoint, and what was not in it."""
+def describe(saved: dict, epochs: int, steps: int) -> str:
+    """Where a run goes on, of so many epochs of so many steps, and what was not in its checkpoint."""
     file, missing = saved["file"], saved["missing"]
     if missing:
         known = [name for name in ("weights", "epoch", "optimizer", "best top-1") if name not in missing]
         return (
-            f"Going on from {file}, of another trainer: its {', '.join(known)}\n"
+            f"Resuming {file}, of another trainer, with its {', '.join(known)}\n"
             f"Not in it, and as this command has it: {', '.join(missing)}"
         )
-    text = f"Going on from {file}: {saved['epoch']} epochs and {saved['step']} steps done, "
-    text += f"best top-1 {max(saved['best_acc'], 0):.2f}"
+    text = f"Resuming {file} at epoch {saved['epoch'] + 1}/{epochs}, step {saved['step']}/{steps}"
+    text += f"; best top-1 {saved['best_acc']:.2f}" if saved["log"] else ""
     if saved["versions"] != versions():
         text += f"\nIt was written with {' '.join(map(' '.join, saved['versions'].items()))}: rounding may differ"
     return text

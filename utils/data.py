@@ -62,6 +62,9 @@ class Data:
             except OSError as error:
                 raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
         distributed.wait()  # for the one that draws
+        parent = Path(args.data).parent
+        if not os.path.exists(Path(args.data, VAL)) and Path(parent, VAL).is_dir():
+            raise BadInput(f"--data: {args.data} has no folder {VAL}; did you mean {parent}?")
         start = time.monotonic()
         self.folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
         self.classes = self.folders[VAL].classes
@@ -116,6 +119,9 @@ class Data:
         if args.lr > 2 * rate and not args.warmup:
             suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}, or --warmup"
             print(f"--lr {args.lr:g} is high for steps of {self.step_images} images; {suggested}")
+        if args.schedule and min(args.schedule) >= args.epochs and not args.cosine:
+            schedule = " ".join(map(str, args.schedule))
+            print(f"The learning rate never drops: none of --schedule {schedule} is within --epochs {args.epochs}")
 
     def training(self, epoch: int, step: int = 0) -> Iterator[Iterator[Batch]]:
         """The optimizer steps of an epoch, from ``step`` on: each an iterator of its micro-batches.

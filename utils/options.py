@@ -5,13 +5,12 @@ The command's own options go before those of the resumed run, those before the d
 
 import argparse
 import contextlib
-import difflib
 import os
 import pickle
 from collections.abc import Iterator, Sequence
 
 from utils import checkpoint, distributed, pictures
-from utils.arguments import Parser, flag
+from utils.arguments import Parser, closest, flag
 from utils.checkpoint import LAST
 from utils.errors import BadInput, RunFailed
 from utils.files import refuse_existing
@@ -28,7 +27,9 @@ DEMO = {
     "lr": 0.006,
 }
 # Options that make the network, all of them keywords of models.create; a run can't change them.
-NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width")
+NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width", "stem")
+# Of those that a run can't change, what older runs don't name.
+OLDER = {"decay": "all", "stem": "large"}
 # Options that make a command one that doesn't train.
 OUTPUTS = ("evaluate", "export", "predictions", "visualize")
 # Options that say where a run begins.
@@ -77,6 +78,8 @@ def resolve(
         args.workers = distributed.default_workers(args.gpu_id)
     check_outputs(args, saved, given)
     refuse(args.cosine and "schedule" in given, "--schedule: --cosine goes without drops of the rate; leave one out")
+    is_idle = "formulation" in given and args.excitation is None
+    refuse(is_idle, f"--formulation: {args.arch} stays plain without --excitation; add --excitation we")
     check_training(args)
     check_network(args, excited, architectures)
     return args, saved, init
@@ -119,13 +122,8 @@ def of_checkpoint(parser: Parser, saved: dict, named: str = "--resume") -> dict:
         return {}
     actions = {action.dest: action for action in parser._actions if action.dest not in (*ONCE, "help")}
     for name, value in saved["options"].items():
-        action = actions.get(name)
-        is_usable = action is not None and all(
-            accepts(action, part) for part in (value if isinstance(value, list) else [value])
-        )
-        is_list = action is not None and isinstance(action.default, list)
         refuse(
-            not is_usable or is_list != isinstance(value, list),
+            name not in actions or not accepts(actions[name], value),
             f"{named}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
         )
     return saved["options"] | {"checkpoint": str(saved["file"].parent)}
@@ -136,11 +134,11 @@ def accepts(action: argparse.Action, value: object) -> bool:
     if value is None or isinstance(action.default, bool):
         return type(value) is type(action.default)
     if action.choices is not None:
-        return value in action.choices
+        return isinstance(value, str) and value in action.choices
     if action.type is None:
         return isinstance(value, str)
     try:
-        converted = action.type(str(value))
+        converted = action.type(",".join(map(str, value)) if isinstance(value, list) else str(value))
     except (ValueError, argparse.ArgumentTypeError):
         return False
     return type(converted) is type(value) and converted == value
@@ -159,7 +157,7 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     is_elsewhere = not has_data and not os.path.isdir(args.data)
     refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
     for name, where in fixed.items():
-        old = ({"decay": "all"} | saved["options"]).get(name)  # which older runs don't have
+        old = (OLDER | saved["options"]).get(name)
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
 
 
@@ -207,9 +205,7 @@ def check_training(args: argparse.Namespace) -> None:
 def check_network(args: argparse.Namespace, excited: Sequence[str], architectures: Sequence[str]) -> None:
     """That there is such an architecture, with such weights."""
     if args.arch not in architectures:
-        close = ", ".join(difflib.get_close_matches(args.arch, architectures))
-        hint = f"close are {close}" if close else "see --help"
-        raise BadInput(f"--arch {args.arch}: no such architecture; {hint}")
+        raise BadInput(f"--arch {args.arch}: no such architecture; {closest(args.arch, architectures)}")
     no_weights = args.pretrained and args.arch in excited
     refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 
@@ -228,7 +224,8 @@ def command(args: argparse.Namespace) -> str:
     """The command with every option of the run."""
     begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
     # What is refused beside others, and means nothing there.
-    left_out = ["schedule"] * args.cosine + ["pretrained", "start_epoch"] * (args.resume is not None)
+    left_out = ["schedule"] * args.cosine + ["formulation"] * (args.excitation is None)
+    left_out += ["pretrained", "start_epoch"] * (args.resume is not None)
     words = []
     for name, value in (of_run(args) | begin).items():
         if name in left_out:
@@ -249,6 +246,7 @@ def refusing_network(args: argparse.Namespace) -> Iterator[None]:
         yield
     except ValueError as error:
         names = f"--arch {args.arch}{' --pretrained' * args.pretrained} --image-size {args.image_size}"
+        names += " --stem small" * (args.stem == "small")
         if args.arch.startswith("l_resnext"):
             names += f" --cardinality {args.cardinality} --base-width {args.base_width}"
         raise BadInput(f"{names}: {str(error).splitlines()[0]}") from error
@@ -261,7 +259,8 @@ def refusing_network(args: argparse.Namespace) -> Iterator[None]:
 
 def describe_network(args: argparse.Namespace) -> str:
     """The architecture and what excites it, in a few words."""
+    arch = args.arch + ", small stem" * (args.stem == "small")
     if args.excitation is None:
-        return args.arch
+        return arch
     formulation = "" if args.excitation == "none" else f" ({args.formulation})"
-    return f"{args.arch}, excitation {args.excitation}{formulation}{'' if args.standardize else ', not standardized'}"
+    return f"{arch}, excitation {args.excitation}{formulation}{'' if args.standardize else ', not standardized'}"

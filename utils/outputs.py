@@ -33,7 +33,8 @@ def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
     torch.save(models.fold(model).state_dict(), contents)
     write_output("--export", args.export, contents.getbuffer())
     print(f"{args.export}: the plain weights of {saved['file']}, which load without this project:")
-    print(models.loading_lines(args.arch, classes, args.cardinality, args.base_width, args.image_size, args.export))
+    settings = args.cardinality, args.base_width, args.stem, args.image_size
+    print(models.loading_lines(args.arch, classes, *settings, args.export))
 
 
 def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:

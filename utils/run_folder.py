@@ -143,7 +143,7 @@ class RunFolder:
         name = signal.Signals(number).name
         if self.failure:
             raise RunFailed(f"stopped by {name}, and {self.failure}; the last checkpoint stands")
-        print(f"Stopped by {name} in {place}; go on with")
+        print(f"Stopped by {name} at {place}; resume by")
         print(f"  {distributed.command([f'--resume={self.folder}'])}")
         return 128 + number
 

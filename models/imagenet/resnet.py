@@ -69,6 +69,13 @@ def downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), group_norm(out_channels))
 
 
+def use_small_stem(model: nn.Module) -> None:
+    """Give a ResNet the stem for images of 28 to 64 pixels: 3x3, stride 1, no pooling (arXiv 1512.03385, on CIFAR)."""
+    model.conv1 = conv(3, 64, 3, padding=1)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
 class ResNet(nn.Module):
     """ResNet or ResNeXt.
 
@@ -78,6 +85,7 @@ class ResNet(nn.Module):
         block: BasicBlock (which has one group, of width 64) or Bottleneck.
         depths: blocks in each of the four stages.
         groups, base_width: ResNeXt's cardinality, and the width of a group in the first stage.
+        small_stem: whether it begins with :func:`use_small_stem`'s layers.
         num_classes: of the classifier.
         drop: probability of dropout before the classifier.
         **excitation: ``excitation``, ``formulation`` and ``standardize`` of :func:`models.layers.excite`.
@@ -93,6 +101,7 @@ class ResNet(nn.Module):
         *,
         groups: int = 1,
         base_width: int = 64,
+        small_stem: bool = False,
         num_classes: int = 1000,
         drop: float = 0.0,
         **excitation,
@@ -102,6 +111,8 @@ class ResNet(nn.Module):
         self.bn1 = group_norm(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        if small_stem:
+            use_small_stem(self)
         in_channels = 64
         for stage, depth in enumerate(depths):
             channels = 64 * 2**stage
