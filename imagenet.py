@@ -38,8 +38,7 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     archs = f"{', '.join(models.EXCITED)}, or a torchvision classifier such as resnet50 [%(default)s]"
     we = "we: both halves; mwe, lwe: one; none: only standardization [we for l_*; torchvision's stay plain]"
-    channel = "channel: MWE is the channel gate, LWE the activation map; "
-    paper = "paper: MWE is the activation map, LWE the location gate [%(default)s]"
+    halves = "channel: MWE is the channel gate, LWE the map; paper: MWE is the map, LWE the location gate [%(default)s]"
 
     add = parser.add_argument_group("data").add_argument
     add("-d", "--data", **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
@@ -54,7 +53,7 @@ def build_parser() -> Parser:
     add("--base-width", **COUNT, default=4, help="channels per group of l_resnext*, in its first stage [%(default)s]")
     add("--stem", choices=models.STEMS, default="large", help="small: for images of 28 to 64 pixels [%(default)s]")
     add("--excitation", choices=EXCITATIONS, help=we)
-    add("--formulation", choices=FORMULATIONS, default="channel", help=channel + paper)
+    add("--formulation", choices=FORMULATIONS, default="channel", help=halves)
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")
     add("--drop", "--dropout", **PROBABILITY, default=0.0, help="probability, before the classifier [%(default)s]")
     add("--pretrained", **SWITCH, default=False, help="start from torchvision's weights [no]")
@@ -116,7 +115,7 @@ def main(argv: list[str]) -> int:
     model = build_model(args, data, devices, saved or init)
     if args.evaluate:
         predictions = Predictions(data) if args.predictions else None
-        scores = validate(model, data, devices, args, Stop(), predictions)
+        scores = validate(model, data, devices, Stop(), predictions)
         print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
         if predictions:
             predictions.report(args.predictions)
@@ -244,7 +243,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         label = f"Epoch {run.epoch + 1}/{args.epochs}"
         lr = learning_rate(args, run.epoch, 0, run.data.steps)
         train_epoch(run, folder, stop, label)
-        valid = validate(run.model, run.data, run.devices, args, stop)
+        valid = validate(run.model, run.data, run.devices, stop)
         if not math.isfinite(valid.loss):
             raise NotFinite(f"{label}, begun at learning rate {lr:g}: the validation loss is {valid.loss}")
         trained, run.scores = run.scores, Scores()
@@ -272,13 +271,12 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
     """Train from ``run.step`` to the end of the epoch."""
     args, data = run.args, run.data
     run.network.train()
-    progress = Progress(label, data.steps, data.step_images, lambda: data.waited, run.step)
+    progress = Progress(label, data.steps, data.step_images, data, run.scores, run.step, args.epochs - run.epoch - 1)
     for micro_batches in progress.track(data.training(run.epoch, run.step)):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, run.epoch, run.step, data.steps)
         distributed.seed_dropout(args.seed, run.epoch, run.step)
         train_step(run, micro_batches, stop)
-        progress.scores = str(run.scores)
         if args.save_freq and run.step % args.save_freq == 0:
             folder.save(run.checkpoint(), run.log)
         stop.check(run.is_stopping)  # raises Stopped, in all processes after the same step
@@ -315,21 +313,18 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module,
-    data: Data,
-    devices: list[torch.device],
-    args: argparse.Namespace,
-    stop: Stop,
-    predictions: Predictions | None = None,
+    model: nn.Module, data: Data, devices: list[torch.device], stop: Stop, predictions: Predictions | None = None
 ) -> Scores:
     """Scores over all validation images, on folded weights: excited once, and then plain convolutions."""
+    args = data.args
     distributed.share_buffers(model)
     folded = fold(model).eval()
     if args.compile:
         folded.compile()
     network = distributed.over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
     sums = torch.zeros(6, dtype=torch.float64, device=devices[0])  # those of a batch, and processes with a signal
-    progress = Progress("Validate", data.val_batches, args.test_batch, lambda: data.waited)
+    shown, reading = Scores(), None
+    progress = Progress("Validate", data.val_batches, args.test_batch, data, shown)
     for batch in progress.track(data.validation()):
         if stop.is_requested:  # the others learn of it by the sums
             sums[5] += 1
@@ -337,6 +332,8 @@ def validate(
         if len(batch.images) > 0:
             _, batch_sum, logits = classify(network, batch, devices[0])
             sums[:5] += batch_sum
+            shown.sums = reading.read() if reading else shown.sums  # those before, as a GPU may still be at these
+            reading = Reading(sums)
             if predictions:
                 predictions.add(batch, logits)
         else:  # none could be decoded, or this process has no part of a small batch

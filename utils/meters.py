@@ -3,14 +3,15 @@
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from progress.bar import Bar
 from torch import Tensor
 
 LINE_SECONDS = 10
+BAR = 12  # columns that a bar takes at least
 
 
 def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> Tensor:
@@ -100,6 +101,12 @@ class Scores:
         return f"loss {self.loss:.4f}  top-1 {self.top1:.2f}  top-5 {self.top5:.2f}{skipped}"
 
 
+class Waiting(Protocol):
+    """What counts the seconds for which it had to be waited for."""
+
+    waited: float
+
+
 class Progress:
     """Shows how far an epoch is: by a bar on a terminal, elsewhere by a plain line about every ten seconds.
 
@@ -107,21 +114,31 @@ class Progress:
         label: what runs, such as ``Epoch 3/90``.
         steps: how many there are in all.
         images: of a step, for images/s.
-        waited: the seconds that this process has waited for images so far.
+        data: with ``waited``, the seconds that this process has waited for images so far.
+        scores: of the epoch; they are shown as they are at the time.
         done: steps that an earlier run has done.
+        later: epochs after this one.
     """
 
-    def __init__(self, label: str, steps: int, images: int, waited: Callable[[], float], done: int = 0):
-        self.label, self.steps, self.images, self.waited = label, steps, images, waited
+    def __init__(
+        self,
+        label: str,
+        steps: int,
+        images: int,
+        data: Waiting,
+        scores: Scores,
+        done: int = 0,
+        later: int = 0,
+    ):
+        self.label, self.steps, self.images, self.later = label, steps, images, later
+        self.data, self.scores = data, scores
         self.first = self.done = done
-        self.scores = ""  # the caller's loss and accuracies, once it has read them
         self.start = self.last_line = time.monotonic()
-        self.waited_before = waited()
+        self.waited_before = data.waited
         self.bar = None
         if sys.stdout.isatty():
-            suffix = "%(index)d/%(max)d %(text)s"
             # A hidden cursor would stay hidden if the process were killed.
-            self.bar = Bar(label, max=max(steps, 1), file=sys.stdout, suffix=suffix, hide_cursor=False)
+            self.bar = Bar(label, max=max(steps, 1), file=sys.stdout, suffix="%(text)s", hide_cursor=False)
             self.bar.index = done
 
     def track(self, iterable: Iterable) -> Iterator:
@@ -137,22 +154,41 @@ class Progress:
 
     def _show(self) -> None:
         if self.bar is not None:
-            self.bar.text = str(self)
-            # A line that wraps can't be drawn over, so the bar gives way.
-            columns = shutil.get_terminal_size().columns
-            spare = columns - len(f"{self.label} || {self.done}/{self.steps} {self.bar.text}") - 1
-            self.bar.width = min(max(spare, 0), 32)
-            if spare < 0:
-                self.bar.text = self.bar.text[:spare]
+            # A line that wraps can't be drawn over: what there is no room for is left out, the bar first.
+            room, text = shutil.get_terminal_size().columns - len(self.label) - 2, ""
+            for index, part in enumerate(self.parts()):
+                if len(text) + len(part) + BAR * (index >= 5) > room:
+                    break
+                text += f"{part} "
+            spare = room - len(text)
+            self.bar.text, self.bar.width = text, min(spare - 2, 32) if spare >= BAR else 0
+            self.bar.bar_prefix, self.bar.bar_suffix = (" |", "| ") if self.bar.width else (" ", "")
             self.bar.goto(self.done)
         elif time.monotonic() - self.last_line >= LINE_SECONDS:
             self.last_line = time.monotonic()
-            print(f"{self.label} {self.done}/{self.steps} {self}")
+            print(self.label, "  ".join(self.parts()))
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
+        """What there is to say, what matters most first. The time left of the run is that of its training steps."""
         done = max(self.done - self.first, 1)
         seconds = time.monotonic() - self.start
-        step, data = seconds / done, (self.waited() - self.waited_before) / done
-        elapsed, eta = (timedelta(seconds=round(time_)) for time_ in (seconds, step * (self.steps - self.done)))
-        rate = self.images / max(step, 1e-9)
-        return f"{self.scores}  data {data:.3f}s  step {step:.3f}s  {rate:.0f} img/s  elapsed {elapsed}  ETA {eta}"
+        step, data = seconds / done, (self.data.waited - self.waited_before) / done
+        left, scores = self.steps - self.done, self.scores
+        run = f", run {clock(step * (left + self.later * self.steps))}" if self.later else ""
+        return [
+            f"{self.done}/{self.steps}",
+            f"ETA {clock(step * left)}{run}",
+            *([f"loss {scores.loss:.4f}", f"top-1 {scores.top1:.2f}"] if scores.images else []),
+            f"{self.images / max(step, 1e-9):.0f} img/s",
+            f"top-5 {scores.top5:.2f}",
+            f"data {data:.3f}s",
+            f"step {step:.3f}s",
+            f"elapsed {clock(seconds)}",
+        ]
+
+
+def clock(seconds: float) -> str:
+    """A duration as hours:minutes:seconds, without the hours where there are none."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

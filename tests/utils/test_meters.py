@@ -1,5 +1,10 @@
 """Loss and accuracies against counting by hand; times and lines of an epoch."""
 
+import io
+import itertools
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -32,12 +37,30 @@ def test_scores_are_means_over_images():
 
 def test_a_line_only_every_ten_seconds(monkeypatch, capsys):
     """After five steps of an earlier run; a quarter of each second is spent waiting for images."""
-    clock = [0.0]
-    monkeypatch.setattr(meters.time, "monotonic", lambda: clock[0])
-    progress = Progress("label", 30, 32, lambda: 7 + clock[0] / 4, done=5)
+    data, now = SimpleNamespace(waited=7.0), [0.0]
+    monkeypatch.setattr(meters.time, "monotonic", lambda: now[0])
+    progress = Progress("label", 30, 32, data, Scores([60.0, 10, 20, 30, 0, 0]), done=5, later=120)
     for _ in progress.track(range(25)):
-        clock[0] += 1
+        now[0] += 1
+        data.waited += 0.25
     assert progress.done == 30
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["15/30", "25/30"]
-    assert "data 0.250s  step 1.000s  32 img/s  elapsed 0:00:10  ETA 0:00:15" in lines[0]
+    expected = "label 15/30  ETA 0:15, run 1:00:15  loss 2.0000  top-1 33.33  32 img/s  top-5 66.67  data 0.250s"
+    assert lines[0] == f"{expected}  step 1.000s  elapsed 0:10"
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 120])
+def test_a_bar_leaves_out_what_matters_least(monkeypatch, columns):
+    monkeypatch.setattr(meters.sys, "stdout", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(meters.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(meters.time, "monotonic", itertools.count(0, 0.1).__next__)
+    scores, data = Scores([60.0, 10, 20, 30, 0, 0]), SimpleNamespace(waited=0.0)
+    progress = Progress("Epoch 12/90", 5004, 256, data, scores, done=9, later=78)
+    list(progress.track([0]))
+    line = terminal.getvalue().strip().split("\r")[-1].rstrip("\n")
+    assert len(line) < columns
+    shown = [name in line for name in ("10/5004", "ETA", "loss", "top-1", "img/s", "top-5")]
+    assert shown == sorted(shown, reverse=True)
+    assert "img/s" in line or columns < 80
