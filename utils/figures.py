@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 import io
 import os
+import warnings
 
 backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed: the import would fail
 
@@ -20,5 +21,7 @@ __all__ = ["Axes", "Figure", "Line2D", "colormaps", "render"]
 def render(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:
     """The contents of a picture's file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, dpi=dpi)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a letter that the font lacks, or a number that overflows, can be seen
+        figure.savefig(stream, format=kind, dpi=dpi)
     return stream.getvalue()
