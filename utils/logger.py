@@ -29,6 +29,7 @@ SPLITS = {
     "Train": {"label": "training", "color": "0.55", "linestyle": "--"},
     "Valid": {"label": "validation", "color": "tab:blue"},
 }
+MOST_DROPS = 10  # of the learning rate that are marked
 PICTURES = (".png", ".pdf", ".svg")
 COLUMNS = (
     "Learning Rate",
@@ -100,13 +101,16 @@ class Logger:
 
 def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
     """Loss and accuracy over the epochs, training and validation, with the learning rate's drops marked."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    rates = [row["Learning Rate"] for row in rows]
+    course = dict.fromkeys(f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1]))
+    figure.suptitle(f"{title}; learning rate {' → '.join(course)}", parse_math=False)
     for quantity, axes in panels(figure).items():
         for split, style in SPLITS.items():
             draw_curve(axes, rows, f"{split} {quantity}", style | {"marker": "."})
         mark_drops(axes, rows)
-        axes.legend()
+    # One for both, and below: inside, it may hide a curve, and the search for a place takes time.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -146,22 +150,16 @@ def draw_curve(axes: Axes, rows: list[dict[str, float]], column: str, style: dic
 
 
 def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:
-    """A line with the new learning rate wherever it dropped."""
+    """A line wherever the learning rate dropped, unless it falls all the time, and the new rate where it has room."""
     drops = [pair for pair in pairwise(rows) if pair[1]["Learning Rate"] < pair[0]["Learning Rate"]]
-    if 2 * len(drops) > len(rows):  # it falls all the time
-        return
-    for before, after in drops:
-        axes.axvline(before["Epoch"] + 0.5, color="0.8", zorder=0)
-        axes.annotate(
-            f"lr {after['Learning Rate']:.3g}",
-            (before["Epoch"] + 0.5, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -3),
-            textcoords="offset points",
-            va="top",
-            color="0.4",
-            fontsize="small",
-        )
+    named = -math.inf
+    for before, after in drops if len(drops) <= MOST_DROPS else ():
+        place = before["Epoch"] + 0.5
+        axes.axvline(place, color="0.8", zorder=0)
+        if place - named >= len(rows) / 6:
+            label = f"lr {after['Learning Rate']:.3g}"
+            axes.text(place, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", color="0.4", size="small")
+            named = place
 
 
 def main(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from utils.command import run
+from utils.figures import render
 from utils.logger import COLUMNS, Logger, compare_curves, draw_curves, main, read_log
 from utils.meters import Scores
 
@@ -28,11 +29,32 @@ def test_rows_go_and_come_back(tmp_path):
         assert picture.size[0] > 800
 
 
+def epochs(rates: list[float]) -> list[dict[str, float]]:
+    return [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Learning Rate": rate} for n, rate in enumerate(rates, 1)]
+
+
 def test_curves_mark_each_drop_of_the_rate():
-    rows = [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Learning Rate": 0.1 ** (n // 3)} for n in range(1, 8)]
-    for axes in draw_curves(rows, "title").axes:
-        assert [text.get_text() for text in axes.texts] == ["lr 0.1", "lr 0.01"]
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "validation"]
+    """And name it, if there is room."""
+    figure = draw_curves(epochs([0.1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-4]), "title")
+    assert figure.get_suptitle() == "title; learning rate 0.1 → 0.0001"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "validation"]
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.texts] == ["lr 0.01", "lr 0.001"]
+        assert [line.get_xdata()[0] for line in axes.get_lines()[2:]] == [3.5, 5.5, 6.5]
+
+
+def test_curves_of_a_rate_that_falls_all_the_time():
+    figure = draw_curves(epochs([0.05, *(0.1 / n for n in range(1, 40))]), "title")
+    assert figure.get_suptitle() == "title; learning rate 0.05 → 0.1 → 0.00256"
+    assert [len(axes.texts) for axes in figure.axes] == [0, 0]
+
+
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e307])
+@pytest.mark.filterwarnings("error")
+def test_drawing_warns_of_nothing(value):
+    for count in (1, 2, 300):
+        rows = [row | dict.fromkeys(COLUMNS[1:3], value * (n % 2)) for n, row in enumerate(epochs([0.1] * count))]
+        assert render(draw_curves(rows, "\x07 漢字 $"))
 
 
 def test_each_run_has_a_curve_and_a_name():
