@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from utils.command import run
+from utils.compare import compare_curves, main
 from utils.figures import render
-from utils.logger import COLUMNS, Logger, compare_curves, draw_curves, main, read_log
+from utils.logger import COLUMNS, Logger, draw_curves, read_log
 from utils.meters import Scores
 
 
