@@ -1,12 +1,16 @@
-"""Runs compared: how accurate each is, and their curves over one another.
+"""Runs compared: the accuracies of each, and of each setting over its seeds, and the curves over one another.
 
-python -m utils.logger RUN [RUN ...] --out FILE.png
+python -m utils.logger RUN [RUN ...] [--out FILE.png]
 """
 
 import itertools
 import math
 import os
+import shlex
+import statistics
+import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,57 +19,131 @@ from utils.errors import BadInput
 from utils.figures import Figure, Line2D, colormaps, render
 from utils.files import refuse_existing, write_output
 from utils.logger import LOG, draw_curve, panels, read_log
+from utils.run_folder import COMMAND
+
+Rows = list[dict[str, float]]
 
 PICTURES = (".png", ".pdf", ".svg")
+# Options that are no part of a setting: they say where a run lies, and how a machine computes it.
+PLACES = ("checkpoint", "resume", "save-freq", "keep-freq")
+MACHINE = ("workers", "gpu-id", "test-batch", "channels-last", "compile")
+
+
+class Run(NamedTuple):
+    """A run's log, and {option: as it is typed} of those that it doesn't share with all others; None: not known."""
+
+    rows: Rows
+    options: dict[str, str] | None
 
 
 def main(argv: list[str]) -> int:
-    """Compare runs: print the accuracies of each, and draw their curves over one another."""
+    """Compare runs: print the accuracies of each, and of those together that differ in their seeds alone."""
     parser = Parser(description=main.__doc__)
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="a run's folder, or a log.txt")
-    parser.add_argument("--out", type=path, required=True, metavar="FILE", help="the picture: .png, .pdf, .svg, ...")
+    parser.add_argument("--out", type=path, metavar="FILE", help="draw their curves: .png, .pdf or .svg")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE")
     args = parser.parse_args(argv)
-    refuse_existing("--out", args.out, args.overwrite)
-    kind = Path(args.out).suffix.lower()
-    if kind not in PICTURES:
-        raise BadInput(f"--out: {args.out} should end in {', '.join(PICTURES)}")
+    kind = Path(args.out or "").suffix.lower()
+    if args.out:
+        refuse_existing("--out", args.out, args.overwrite)
+        if kind not in PICTURES:
+            raise BadInput(f"--out: {args.out} should end in {', '.join(PICTURES)}")
     runs = read_runs(args.runs)
-    try:
-        picture = render(compare_curves(runs), kind.removeprefix("."), dpi=120)
-    except ValueError as error:
-        raise BadInput(f"the curves have numbers that can't be drawn: {error}") from error
-    write_output("--out", args.out, picture)
-    for name, rows in runs.items():
-        best = max(rows, key=lambda row: row["Valid Acc."])
-        print(
-            f"{name}: {len(rows)} epochs, top-1 {rows[-1]['Valid Acc.']:.2f} %, "
-            f"best {best['Valid Acc.']:.2f} % after epoch {best['Epoch']:.0f}"
-        )
+    settings = join_seeds(runs)
+    if args.out:
+        try:
+            picture = render(compare_curves(settings), kind.removeprefix("."), dpi=120)
+        except ValueError as error:
+            raise BadInput(f"the curves have numbers that can't be drawn: {error}") from error
+        write_output("--out", args.out, picture)
+    for name, logs in ({name: [run.rows] for name, run in runs.items()} | settings).items():
+        print(f"{name}: {describe(logs)}")
     return 0
 
 
-def read_runs(runs: list[str]) -> dict[str, list[dict[str, float]]]:
-    """The logs of runs, by their paths within the folder that all of them are in."""
-    parent = os.path.commonpath([os.path.dirname(os.path.abspath(run)) for run in runs])
-    names = [os.fsencode(os.path.relpath(run, parent)).decode(errors="replace") for run in runs]
-    logs = [Path(run, LOG) if os.path.isdir(run) else Path(run) for run in runs]
-    return {name: read_log(log) for name, log in zip(names, logs, strict=True)}
+def read_runs(folders: list[str]) -> dict[str, Run]:
+    """Runs by their paths within the folder that all of them are in, and by the options that tell them apart."""
+    parent = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
+    options = [read_options(Path(folder)) for folder in folders]
+    known = [{*words.items()} for words in options if words]
+    shared = set.intersection(*known) if known else set()
+    runs = {}
+    for folder, words in zip(folders, options, strict=True):
+        own = words and {option: word for option, word in words.items() if (option, word) not in shared}
+        name = os.fsencode(os.path.relpath(folder, parent)).decode(errors="replace")
+        name += f" ({', '.join(own.values())})" if own else ""
+        runs[name] = Run(read_log(Path(folder, LOG) if os.path.isdir(folder) else Path(folder)), own)
+    return runs
 
 
-def compare_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
-    """The curves of several runs over one another, {name: rows}: training dashed, validation solid."""
-    columns = 1 if max(map(len, runs)) > 50 else 2
-    figure = Figure(figsize=(10, 4.5 + 0.25 * math.ceil(len(runs) / columns)), layout="constrained")
-    figure.suptitle("Training (dashed) and validation (solid)")
+def read_options(folder: Path) -> dict[str, str] | None:
+    """{option: as it is typed} by a run's command.txt: of its commands, the last that names it; None without one."""
+    options = {}
+    try:
+        lines = (folder / COMMAND).read_text(errors="replace").splitlines()
+        for heading, line in itertools.pairwise(lines):
+            if heading != "# every option":
+                continue
+            for word in itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(line)):
+                if word.startswith("--"):
+                    name, *value = word[2:].split("=", 1)
+                    typed = options[name.removeprefix("no-")] = [name, *value]
+                elif options:  # another number of a list
+                    typed.append(word)
+    except (OSError, ValueError):
+        return None
+    return {name: " ".join(typed) for name, typed in options.items() if name not in PLACES + MACHINE} or None
+
+
+def join_seeds(runs: dict[str, Run]) -> dict[str, list[Rows]]:
+    """The logs of each setting, with the epochs that its runs share: of runs that differ in their seeds alone."""
+    groups: dict[str, dict[str, Rows]] = {}
+    for name, run in runs.items():
+        same = name if run.options is None else ", ".join(run.options[key] for key in run.options if key != "seed")
+        groups.setdefault(same, {})[name] = run.rows
+    settings = {}
+    for same, logs in groups.items():
+        name = next(iter(logs)) if len(logs) == 1 else f"{same}, mean of {len(logs)} runs".removeprefix(", ")
+        epochs = set.intersection(*({row["Epoch"] for row in rows} for rows in logs.values()))
+        if not epochs:
+            raise BadInput(f"{name}: no epoch is in the logs of all")
+        settings[name] = [[row for row in rows if row["Epoch"] in epochs] for rows in logs.values()]
+    return settings
+
+
+def describe(logs: list[Rows]) -> str:
+    """The accuracies of a run or, of several, mean and standard deviation."""
+    bests = [max(rows, key=lambda row: row["Valid Acc."]) for rows in logs]
+    lasts = [rows[-1] for rows in logs]
+    last, best = (spread([row["Valid Acc."] for row in rows]) for rows in (lasts, bests))
+    place = f" after epoch {bests[0]['Epoch']:.0f}" if len(logs) == 1 else " (± standard deviation)"
+    return f"{len(logs[0])} epochs, top-1 {last} %, best {best} %{place}"
+
+
+def spread(values: list[float]) -> str:
+    """A value, or the mean of several and their standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def compare_curves(settings: dict[str, list[Rows]]) -> Figure:
+    """The curves of settings over one another: training dashed, validation solid; of several runs mean and bounds."""
+    columns = 1 if max(map(len, settings)) > 50 else 2
+    labels = [textwrap.fill(name, 110) for name in settings]
+    lines = sum(label.count("\n") + 1 for label in labels) / columns
+    figure = Figure(figsize=(10, 4.5 + 0.25 * math.ceil(lines)), layout="constrained")
+    band = "; of several runs their mean, and a band from the lowest to the highest"
+    figure.suptitle(
+        "Training (dashed) and validation (solid)" + band * any(len(logs) > 1 for logs in settings.values())
+    )
     # Each a shade of its own in grayscale as well; the marker tells those apart that are close.
-    shades = colormaps["viridis"](np.linspace(0, 0.85, len(runs)))
+    shades = colormaps["viridis"](np.linspace(0, 0.85, len(settings)))
     styles = [{"color": shade, "marker": mark} for shade, mark in zip(shades, itertools.cycle("osv^D*"))]
     for quantity, axes in panels(figure).items():
-        for rows, style in zip(runs.values(), styles, strict=True):
-            draw_curve(axes, rows, f"Train {quantity}", style | {"linestyle": "--", "linewidth": 0.9})
-            draw_curve(axes, rows, f"Valid {quantity}", style)
-    handles = [Line2D([], [], label=name, **style) for name, style in zip(runs, styles, strict=True)]
+        for logs, style in zip(settings.values(), styles, strict=True):
+            draw_curve(axes, logs, f"Train {quantity}", style | {"linestyle": "--", "linewidth": 0.9})
+            draw_curve(axes, logs, f"Valid {quantity}", style)
+    handles = [Line2D([], [], label=label, **style) for label, style in zip(labels, styles, strict=True)]
     legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -13,6 +13,8 @@ from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from utils.errors import BadInput
 from utils.figures import Axes, Figure, render
 from utils.meters import Scores
@@ -99,7 +101,7 @@ def draw_curves(rows: list[dict[str, float]], title: str) -> Figure:
     figure.suptitle(f"{title}; learning rate {' → '.join(course)}", parse_math=False)
     for quantity, axes in panels(figure).items():
         for split, style in SPLITS.items():
-            draw_curve(axes, rows, f"{split} {quantity}", style | {"marker": "."})
+            draw_curve(axes, [rows], f"{split} {quantity}", style | {"marker": "."})
         mark_drops(axes, rows)
     # One for both, and below: inside, it may hide a curve, and the search for a place takes time.
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -116,10 +118,13 @@ def panels(figure: Figure) -> dict[str, Axes]:
     return dict(zip(("Loss", "Acc."), axes, strict=True))
 
 
-def draw_curve(axes: Axes, rows: list[dict[str, float]], column: str, style: dict) -> None:
-    """A column over the epochs, with a dozen or two of markers."""
-    every = {"markevery": math.ceil(len(rows) / 20), "markersize": 4}
-    axes.plot([row["Epoch"] for row in rows], [row[column] for row in rows], **every | style)
+def draw_curve(axes: Axes, runs: list[list[dict[str, float]]], column: str, style: dict) -> None:
+    """The mean of runs over their epochs, which they share, with a dozen or two of markers; their bounds as a band."""
+    epochs = [row["Epoch"] for row in runs[0]]
+    values = np.array([[row[column] for row in rows] for rows in runs])
+    axes.plot(epochs, values.mean(0), **{"markevery": math.ceil(len(epochs) / 20), "markersize": 4} | style)
+    if len(runs) > 1:
+        axes.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
 
 
 def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:

@@ -1,4 +1,4 @@
-"""log.txt and its curves."""
+"""log.txt and its curves, and runs compared."""
 
 import io
 import os
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from utils.command import run
-from utils.compare import compare_curves, main
+from utils.compare import compare_curves, main, read_options
 from utils.figures import render
 from utils.logger import COLUMNS, Logger, draw_curves, read_log
 from utils.meters import Scores
@@ -60,17 +60,30 @@ def test_drawing_warns_of_nothing(value):
 
 def test_each_run_has_a_curve_and_a_name():
     rows = [dict.fromkeys(COLUMNS, 1.0) | {"Epoch": n, "Valid Acc.": n} for n in range(1, 5)]
-    figure = compare_curves({"a": rows, "b": rows[:2], "c": rows})
+    figure = compare_curves({"a": [rows], "b": [rows[:2]], "c": [rows]})
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
     for axes in figure.axes:
         lightness = [sum(line.get_color()[:3]) for line in axes.get_lines()[1::2]]
         assert (len(lightness), sorted(lightness)) == (3, lightness)  # told apart in grayscale
 
 
-def log(folder: Path, epochs: int) -> Path:
+def test_the_runs_of_a_setting_have_a_mean_and_a_band():
+    runs = [[row | {"Valid Acc.": value * row["Epoch"]} for row in epochs([0.1] * 3)] for value in (1.0, 2.0, 6.0)]
+    figure = compare_curves({"a": runs, "b": runs[:1]})
+    assert "a band from the lowest to the highest" in figure.get_suptitle()
+    axes = figure.axes[1]
+    assert axes.get_lines()[1].get_ydata().tolist() == [3, 6, 9]
+    assert len(axes.collections) == 2  # a's, of training and of validation
+    corners = axes.collections[1].get_paths()[0].vertices
+    assert {tuple(corner) for corner in corners} == {(n, n * value) for n in (1, 2, 3) for value in (1, 6)}
+
+
+def log(folder: Path, epochs: int, *commands: str) -> Path:
     folder.mkdir(parents=True)
     rows = [[0.1, 2, 2, 20, 30 + epoch % 3, 50, 60, epoch, 0, 0] for epoch in range(1, epochs + 1)]
     (folder / "log.txt").write_text("".join("\t".join(map(str, row)) + "\n" for row in [COLUMNS, *rows]))
+    if commands:
+        (folder / "command.txt").write_text("".join(f"# as typed\nx\n# every option\n{one}\n" for one in commands))
     return folder
 
 
@@ -102,6 +115,41 @@ def test_runs_are_compared(compare, tmp_path):
     assert compare(*words, "--overwrite")[0] == 0
 
 
+def test_the_options_of_a_run(tmp_path):
+    """Are what its last command says, and what only the first one does, but not where it lies."""
+    first = "python imagenet.py --data='my images' --lr=0.1 --schedule 30 60 --standardize --init=a.pth --workers=2"
+    second = "torchrun --nproc-per-node 2 ./imagenet.py --lr=0.2 --schedule 40 --no-standardize --resume=a"
+    assert read_options(log(tmp_path / "a", 1, first, second)) == {
+        "data": "data my images",
+        "lr": "lr 0.2",
+        "schedule": "schedule 40",
+        "standardize": "no-standardize",
+        "init": "init a.pth",
+    }
+    assert read_options(log(tmp_path / "b", 1)) is None
+    assert read_options(log(tmp_path / "c", 1, "imagenet.py --lr='0.1")) is None
+
+
+def test_runs_are_named_by_what_differs(compare, tmp_path):
+    """And those that differ in their seeds alone are a setting, over the epochs that they share."""
+    command = "imagenet.py --lr=0.1 --excitation={} --seed={} --checkpoint={}"
+    runs = [log(tmp_path / f"a{n}", n, command.format("we", n, f"a{n}")) for n in (1, 2, 4)]
+    runs += [log(tmp_path / "b", 3, command.format("none", 1, "b")), log(tmp_path / "c", 2)]
+    assert compare(*runs) == (
+        0,
+        "a1 (excitation we, seed 1): 1 epochs, top-1 31.00 %, best 31.00 % after epoch 1\n"
+        "a2 (excitation we, seed 2): 2 epochs, top-1 32.00 %, best 32.00 % after epoch 2\n"
+        "a4 (excitation we, seed 4): 4 epochs, top-1 31.00 %, best 32.00 % after epoch 2\n"
+        "b (excitation none, seed 1): 3 epochs, top-1 30.00 %, best 32.00 % after epoch 2\n"
+        "c: 2 epochs, top-1 32.00 %, best 32.00 % after epoch 2\n"
+        "excitation we, mean of 3 runs: 1 epochs, top-1 31.00 ± 0.00 %, best 31.00 ± 0.00 % (± standard deviation)\n",
+        "",
+    )
+    assert compare(*runs[1:3], "--out", tmp_path / "a.svg")[1].splitlines()[2] == (
+        "mean of 2 runs: 2 epochs, top-1 32.00 ± 0.00 %, best 32.00 ± 0.00 % (± standard deviation)"
+    )
+
+
 REFUSALS = {
     "nowhere --out a.png": "nowhere: can't be read: No such file or directory",
     "damaged --out a.png": "damaged/log.txt: damaged, or no log of this trainer",
@@ -109,16 +157,16 @@ REFUSALS = {
     "1e308 --out a.png": "the curves have numbers that can't be drawn",
     "1 --out a.xyz": "--out: a.xyz should end in .png, .pdf, .svg",
     "1 --out 1/log.txt/a.png": "--out: can't write 1/log.txt/a.png: Not a directory",
-    "1": "the following arguments are required: --out",
+    "1 2": "mean of 2 runs: no epoch is in the logs of all",
 }
 
 
 @pytest.mark.parametrize("words", REFUSALS)
 def test_comparisons_that_are_refused(compare, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
-    for value in ("1", "damaged", "nan", "1e308"):
+    for value in ("1", "2", "damaged", "nan", "1e308"):
         row = "\t".join([value] * len(COLUMNS)) + "\n"
-        (log(tmp_path / value, 1) / "log.txt").write_text("\t".join(COLUMNS) + "\n" + 2 * row)
+        (log(tmp_path / value, 1, "imagenet.py --seed=1") / "log.txt").write_text("\t".join(COLUMNS) + "\n" + 2 * row)
     status, out, err = compare(*words.split())
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"utils.logger: {REFUSALS[words]}")
