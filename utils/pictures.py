@@ -46,7 +46,8 @@ def draw(layers: Sequence[Layer], title: str) -> dict[str, bytes]:
 def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
     """The gates of each layer, and the spread of the gates, of the constants in them, and of what the weights add."""
     layers = [layer for layer in layers if layer.gates is not None]
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    # So wide that the names of two stages have room side by side, one of which may be of a single layer.
+    figure = Figure(figsize=(max(9, 0.16 * len(layers)), 6.6), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subplots(2, 1, sharex=True)
     places = np.arange(1, len(layers) + 1)
@@ -78,7 +79,7 @@ def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
         ),
     }
     for label, (color, style, values) in spreads.items():
-        below.plot(places, values, label=label, color=color, **marks(len(layers)) | style)
+        below.plot(places, values, label=label, color=color, **style | marks(len(layers)))
     below.set(ylabel="standard deviation", title="spread of a layer's gates, and of their two parts")
     below.set_ylim(0, 1.25 * below.get_ylim()[1])  # room for the legend
     below.legend(ncols=3, loc="upper center")
@@ -99,7 +100,8 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
     for place, layer in zip(axes[0], chosen, strict=False):
         raw, excited = (sample(weight) for weight in (layer.raw, layer.excited))
         place.plot(raw, excited, ".", color="black", markersize=2, alpha=0.25, rasterized=True)
-        place.set(title=short(layer.name), xlabel="raw weight", ylabel="excited weight")
+        place.set_title(short(layer.name), fontsize="medium")
+        place.set(xlabel="raw weight", ylabel="excited weight")
         place.xaxis.get_major_locator().set_params(nbins=4)
         place.grid(alpha=0.25)
     if mapped:
@@ -126,9 +128,8 @@ def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chos
     gain.legend(*map(itertools.chain.from_iterable, zip(*entries, strict=True)), loc="upper center", fontsize="small")
     gains = [np.percentile(1 / (1 - layer.relative**2), (50, 99, 99.9)) for layer in layers]
     for values, label, marker in zip(zip(*gains, strict=True), ("50th", "99th", "99.9th"), "os^", strict=True):
-        depth.plot(
-            range(1, len(layers) + 1), values, label=label, marker=marker, markersize=4, color="0.2", linewidth=1
-        )
+        style = {"marker": marker, "color": "0.2", "linewidth": 1} | marks(len(layers))
+        depth.plot(range(1, len(layers) + 1), values, label=label, **style)
     depth.set(title="gain of each layer's weights", ylabel="gain", xlabel="layer, from the input")
     low, high = depth.get_ylim()
     depth.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
@@ -182,10 +183,11 @@ def marks(layers: int) -> dict:
 
 
 def name_depth(axes: Axes, names: Sequence[str]) -> None:
-    """Label the places 1, 2, ... with the layers' names, or only count where there are too many."""
+    """Label the places 1, 2, ... with the layers' names or, of many, the first of each stage with the stage's."""
+    places = dict(zip(names, itertools.count(1)))
+    if len(names) > AXIS_NAMES:
+        parts = [name.split(".") for name in names]
+        depth = next(depth for depth in itertools.count(1) if len({(*part[:depth],) for part in parts}) > 1)
+        places = {".".join(part[:depth]): place for place, part in reversed([*enumerate(parts, 1)])}
     axes.set_xlabel("layer, from the input")
-    if len(names) <= AXIS_NAMES:
-        axes.set_xticks(range(1, len(names) + 1), names, rotation=90, fontsize="small")
-    else:
-        ticks = range(10, len(names) + 1, 10)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([*places.values()], [*places], rotation=90, fontsize="small")

@@ -26,8 +26,17 @@ def test_gates():
     assert curves["constant: at a neutral input"] == pytest.approx([np.arange(8).std() / 100] * 2)
     expected = (layers[0].gates - layers[0].constants).std()
     assert curves["deviation: from the weights"][0] == pytest.approx(expected)
-    many = draw_gates([layer(str(index)) for index in range(30)], "title")
-    assert [label.get_text() for label in many.axes[1].get_xticklabels()] == ["10", "20", "30"]
+
+
+def test_many_layers_are_named_by_their_stages():
+    names = ["net.stem", *(f"net.stage{n}.{index}.conv" for n in (1, 2) for index in range(20))]
+    figure = draw_gates([layer(name) for name in names], "title")
+    labels = figure.axes[1].get_xticklabels()
+    named = {label.get_text(): label.get_position()[0] for label in labels}
+    assert named == {"net.stem": 1, "net.stage1": 2, "net.stage2": 22}
+    figure.draw_without_rendering()
+    stem, stage1, _ = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert stem.x1 < stage1.x0
 
 
 def test_weights():
