@@ -1,14 +1,19 @@
 """--visualize, as a user meets it."""
 
+import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import imagenet
 import models
+from models.inspection import inspect_layers
 from tests.helpers import checkpoint, contents
 from utils.checkpoint import LAST
+from utils.outputs import fresh_gates
 
 
 def change(run: Path, arch: str, **network) -> None:
@@ -68,3 +73,10 @@ def test_what_can_not_be_drawn(command, run, tmp_path):
     change(run, "shufflenet_v2_x0_5")
     refused(run, tmp_path / "pictures", "has plain weights")
     assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_fresh_gates_are_those_that_a_run_of_the_seed_begins_with(run, seed):
+    args = argparse.Namespace(**checkpoint(run)["options"] | {"seed": seed}, init=None)
+    begun = [layer.gates for layer in inspect_layers(imagenet.create_model(args, ["ring", "target"], None))]
+    assert all(map(np.array_equal, begun, fresh_gates(args, classes=2)))

@@ -8,6 +8,7 @@ import warnings
 backend = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed: the import would fail
 
 from matplotlib import colormaps
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,7 +16,7 @@ from matplotlib.lines import Line2D
 if backend is not None:
     os.environ["MPLBACKEND"] = backend
 
-__all__ = ["Axes", "Figure", "Line2D", "colormaps", "render"]
+__all__ = ["Artist", "Axes", "Figure", "Line2D", "colormaps", "render"]
 
 
 def render(figure: Figure, kind: str = "png", dpi: int = 150) -> bytes:

@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,7 +43,15 @@ def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
     layers = list(inspect_layers(model))
     if not layers:
         raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
-    place = f"after epoch {saved['epoch']}" + f" and {saved['step']} steps" * (saved["step"] > 0)
-    for name, picture in pictures.draw(layers, f"{options.describe_network(args)}, {place}").items():
+    title = f"{options.describe_network(args)}, seed {args.seed}, after epoch {saved['epoch']}"
+    title += f" and {saved['step']} steps" * (saved["step"] > 0)
+    for name, picture in pictures.draw(layers, fresh_gates(args, len(saved["classes"])), title).items():
         write_output("--visualize", os.path.join(args.visualize, name), picture)
         print(os.path.join(args.visualize, name))
+
+
+def fresh_gates(args: argparse.Namespace, classes: int) -> list[np.ndarray | None]:
+    """The gates, layer by layer, of the network that the run's seed begins with where no other weights are given."""
+    torch.manual_seed(args.seed)
+    settings = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
+    return [layer.gates for layer in inspect_layers(models.create(args.arch, num_classes=classes, **settings))]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils.figures import Axes, Figure, render
+from utils.figures import Artist, Axes, Figure, render
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
 AXIS_NAMES = 25  # layers that an axis has room to name
@@ -28,45 +28,41 @@ class Layer(Protocol):
     constants: np.ndarray | None
 
 
-def draw(layers: Sequence[Layer], title: str) -> dict[str, bytes]:
+def draw(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str) -> dict[str, bytes]:
     """The pictures NAMES as PNG files, without gates.png where no layer has gates.
 
     Args:
         layers: from the first to the last.
+        fresh: their gates in a network that is not trained.
+        title: names the seed of that network.
     """
     figures = {
         "weights.png": draw_weights(layers, title),
         "filters.png": draw_filters(layers[0].raw, layers[0].excited, title),
     }
     if any(layer.gates is not None for layer in layers):
-        figures["gates.png"] = draw_gates(layers, title)
+        figures["gates.png"] = draw_gates(layers, fresh, title)
     return {name: render(figure) for name, figure in figures.items()}
 
 
-def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
+def draw_gates(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str) -> Figure:
     """The gates of each layer, and the spread of the gates, of the constants in them, and of what the weights add."""
     layers = [layer for layer in layers if layer.gates is not None]
+    fresh = [gates for gates in fresh if gates is not None]
     # So wide that the names of two stages have room side by side, one of which may be of a single layer.
     figure = Figure(figsize=(max(9, 0.16 * len(layers)), 6.6), layout="constrained")
     figure.suptitle(title)
     above, below = figure.subplots(2, 1, sharex=True)
     places = np.arange(1, len(layers) + 1)
-    percentiles = [np.percentile(layer.gates, (5, 25, 50, 75, 95)) for layer in layers]
-    boxes = [
-        {"whislo": low, "q1": first, "med": middle, "q3": third, "whishi": high}
-        for low, first, middle, third, high in percentiles
-    ]
-    above.bxp(
-        boxes,
-        positions=places,
-        showfliers=False,
-        patch_artist=True,
-        boxprops={"facecolor": "0.85"},
-        medianprops={"color": "black", "linewidth": 2},
-        widths=0.6,
-    )
+    boxes = {
+        "this run": draw_boxes(above, [layer.gates for layer in layers], places - 0.2, 0.4, "0.6"),
+        "a fresh network of this seed": draw_boxes(above, fresh, places + 0.2, 0.2, "white"),
+    }
     above.axhline(0.5, color="0.6", linestyle=":", zorder=0)
     above.set(ylabel="gate", title="gates: median, quartiles, 5th and 95th percentile")
+    low, high = above.get_ylim()
+    above.set_ylim(low, high + 0.2 * (high - low))  # room for the legend
+    above.legend(boxes.values(), boxes.keys(), ncols=2, loc="upper center")
     # Hollow squares first: where gates are constants, the dots lie in them.
     hollow = {"marker": "s", "markerfacecolor": "none", "linestyle": ":"}
     spreads = {
@@ -86,6 +82,16 @@ def draw_gates(layers: Sequence[Layer], title: str) -> Figure:
     below.grid(alpha=0.25)
     name_depth(below, [layer.name for layer in layers])
     return figure
+
+
+def draw_boxes(axes: Axes, values: Sequence[np.ndarray], places: np.ndarray, width: float, color: str) -> Artist:
+    """A box for each array of values; returns one, for a legend."""
+    names = ("whislo", "q1", "med", "q3", "whishi")
+    boxes = [dict(zip(names, np.percentile(array, (5, 25, 50, 75, 95)), strict=True)) for array in values]
+    line = {"linewidth": 0.6}
+    style = {"whiskerprops": line, "medianprops": line | {"color": "black"}, "boxprops": line | {"facecolor": color}}
+    shown = {"showfliers": False, "showcaps": False, "patch_artist": True}
+    return axes.bxp(boxes, positions=places, widths=width, **shown, **style)["boxes"][0]
 
 
 def draw_weights(layers: Sequence[Layer], title: str) -> Figure:

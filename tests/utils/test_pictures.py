@@ -20,17 +20,21 @@ def layer(name: str, gate: bool = True, mapped: bool = True) -> SimpleNamespace:
 
 def test_gates():
     layers = [layer("a"), layer("plain", gate=False), layer("b")]
-    below = draw_gates(layers, "title").axes[1]
+    fresh = [layers[0].gates - 0.1, None, layers[0].gates - 0.2]
+    above, below = draw_gates(layers, fresh, "title").axes
     assert [label.get_text() for label in below.get_xticklabels()] == ["a", "b"]
     curves = {line.get_label(): line.get_ydata() for line in below.get_lines()}
     assert curves["constant: at a neutral input"] == pytest.approx([np.arange(8).std() / 100] * 2)
     expected = (layers[0].gates - layers[0].constants).std()
     assert curves["deviation: from the weights"][0] == pytest.approx(expected)
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["this run", "a fresh network of this seed"]
+    boxes = [patch.get_path().vertices[:, 1].max() for patch in above.patches]
+    assert boxes == pytest.approx(np.percentile(layers[0].gates, 75) - [0, 0, 0.1, 0.2])
 
 
 def test_many_layers_are_named_by_their_stages():
     names = ["net.stem", *(f"net.stage{n}.{index}.conv" for n in (1, 2) for index in range(20))]
-    figure = draw_gates([layer(name) for name in names], "title")
+    figure = draw_gates([layer(name) for name in names], [layer(name).gates for name in names], "title")
     labels = figure.axes[1].get_xticklabels()
     named = {label.get_text(): label.get_position()[0] for label in labels}
     assert named == {"net.stem": 1, "net.stage1": 2, "net.stage2": 22}
