@@ -146,8 +146,7 @@ def create_model(args: argparse.Namespace, classes: list[str], saved: dict | Non
     with options.refusing_network(args):
         if pretrained and args.evaluate:
             models.check_pretrained_classes(args.arch, len(classes))
-        settings = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
-        model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **settings)
+        model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **options.settings(args))
     if args.init:
         checkpoint.initialize(model, saved, classes, models.find_classifier(model)[0])
     elif saved:

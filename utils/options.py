@@ -210,6 +210,11 @@ def check_network(args: argparse.Namespace, excited: Sequence[str], architecture
     refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 
 
+def settings(args: argparse.Namespace) -> dict:
+    """The keywords of models.create that make the network of a run."""
+    return {name: getattr(args, name) for name in (*NETWORK, "drop", "image_size")}
+
+
 def of_run(args: argparse.Namespace) -> dict:
     """The options that a run hands on to the command that resumes it."""
     return {name: value for name, value in vars(args).items() if name not in ONCE}

@@ -53,5 +53,5 @@ def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
 def fresh_gates(args: argparse.Namespace, classes: int) -> list[np.ndarray | None]:
     """The gates, layer by layer, of the network that the run's seed begins with where no other weights are given."""
     torch.manual_seed(args.seed)
-    settings = {name: getattr(args, name) for name in (*options.NETWORK, "drop", "image_size")}
-    return [layer.gates for layer in inspect_layers(models.create(args.arch, num_classes=classes, **settings))]
+    model = models.create(args.arch, num_classes=classes, **options.settings(args))
+    return [layer.gates for layer in inspect_layers(model)]
