@@ -47,11 +47,11 @@ def check_filters(weight: Tensor) -> None:
         raise ValueError("a filter of one element has no standard deviation: build this layer with standardize=False")
 
 
-def activation_map(weight: Tensor, maximum: Tensor | float | None = None, margin: float = MAP_MARGIN) -> Tensor:
-    """The activation on weights: f(w) = MA * atanh(w / MA), MA = margin * M and M = max |w| over the layer.
+def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Tensor:
+    """The activation on weights: f(w) = MA * atanh(w / MA), MA = 1.1 M and M = max |w| over the layer.
 
     The same as the paper's MA / 2 * ln((1 + w / MA) / (1 - w / MA)). MA is a constant to the gradient, so
-    df/dw = MA^2 / (MA^2 - w^2): with the margin 1.1, from 1 at zero to 5.76 at the largest weight.
+    df/dw = MA^2 / (MA^2 - w^2): from 1 at zero to 5.76 at the largest weight.
 
     Args:
         weight: a tensor of any shape; zeros map to zeros.
@@ -61,13 +61,13 @@ def activation_map(weight: Tensor, maximum: Tensor | float | None = None, margin
         A tensor of the same shape.
     """
     maximum = weight.detach().abs().amax() if maximum is None else torch.as_tensor(maximum).to(weight)
-    limit = map_limit(maximum, margin)
+    limit = map_limit(maximum)
     return limit * torch.atanh(weight / limit)
 
 
-def map_limit(maximum: Tensor, margin: float = MAP_MARGIN) -> Tensor:
+def map_limit(maximum: Tensor) -> Tensor:
     """MA, where the map has its pole, from M; above zero also for a layer of zeros."""
-    return (margin * maximum).clamp(min=torch.finfo(maximum.dtype).tiny)
+    return (MAP_MARGIN * maximum).clamp(min=torch.finfo(maximum.dtype).tiny)
 
 
 class Gate(nn.Module):
@@ -115,10 +115,8 @@ class ChannelGate(Gate):
 
     NEUTRAL = 1.0  # the statistic where all filters are equally large
 
-    def __init__(
-        self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None, reduction=GATE_REDUCTION
-    ):
-        super().__init__(out_channels, max(out_channels // reduction, 1), device, dtype)
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
+        super().__init__(out_channels, max(out_channels // GATE_REDUCTION, 1), device, dtype)
 
     @staticmethod
     def statistic(raw: Tensor, weight: Tensor) -> Tensor:
@@ -145,10 +143,8 @@ class LocationGate(Gate):
 
     NEUTRAL = 0.0  # the statistic where every kernel has the mean 0, as a standardized filter has on the whole
 
-    def __init__(
-        self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None, reduction=GATE_REDUCTION
-    ):
-        super().__init__(in_channels // groups, max(in_channels // reduction, 1), device, dtype)
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1, device=None, dtype=None):
+        super().__init__(in_channels // groups, max(in_channels // GATE_REDUCTION, 1), device, dtype)
 
     @staticmethod
     def statistic(raw: Tensor, weight: Tensor) -> Tensor:
@@ -174,7 +170,7 @@ class Steps(NamedTuple):
 
     standardized: bool
     gate: str | None  # a key of GATES
-    margin: float | None  # of the map, where there is one
+    mapped: bool
 
 
 def excite_weight(raw: Tensor, steps: Steps, gate: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -190,4 +186,4 @@ def excite_weight(raw: Tensor, steps: Steps, gate: Callable[[Tensor], Tensor] | 
     weight = standardize(raw) if steps.standardized else raw
     if steps.gate is not None:
         weight = weight * gate(GATES[steps.gate].statistic(raw, weight))
-    return weight if steps.margin is None else activation_map(weight, margin=steps.margin)
+    return activation_map(weight) if steps.mapped else weight

@@ -134,8 +134,8 @@ def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Ten
         weight.mul_(_per_filter(gates, raw))
         if locations == 1:
             statistic = None  # it was a view of ``weight``
-    if steps.margin is not None:
-        limit = map_limit(_maximum(weight), steps.margin)
+    if steps.mapped:
+        limit = map_limit(_maximum(weight))
         weight.div_(limit).atanh_().mul_(limit)
     return weight, Saved(raw, mean, std, statistic, size, hidden, gates, limit)
 

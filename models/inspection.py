@@ -46,8 +46,8 @@ def inspect_layers(model: nn.Module) -> Iterator[Layer]:
                 gates = conv.gate(statistic)
                 constants = conv.gate(torch.full_like(statistic, conv.gate.NEUTRAL))
                 weight = weight * gates
-            if conv.mapped:
-                relative = weight / map_limit(weight.abs().amax(), conv.steps.margin)
+            if conv.steps.mapped:
+                relative = weight / map_limit(weight.abs().amax())
             tensors = (raw, conv.excited_weight(), relative, _pairs(gates), _pairs(constants))
             yield Layer(name, *(None if tensor is None else tensor.float().cpu().numpy() for tensor in tensors))
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
-from .excitation import GATE_REDUCTION, GATES, MAP_MARGIN, ChannelGate, Gate, LocationGate, Steps, activation_map
+from .excitation import GATES, ChannelGate, Gate, LocationGate, Steps, activation_map
 from .fused import full_precision
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
@@ -71,8 +70,6 @@ class Settings(NamedTuple):
     excitation: str
     formulation: str
     standardize: bool
-    reduction: int
-    margin: float
 
     def check(self) -> None:
         """Raise ValueError where one of them can't be."""
@@ -80,8 +77,6 @@ class Settings(NamedTuple):
             raise ValueError(f"excitation {self.excitation!r} is none of {', '.join(EXCITATIONS)}")
         if self.formulation not in FORMULATIONS:
             raise ValueError(f"formulation {self.formulation!r} is none of {', '.join(FORMULATIONS)}")
-        if self.reduction < 1 or not 1 < self.margin < math.inf:
-            raise ValueError(f"reduction {self.reduction} is below 1, or margin {self.margin} not above 1")
 
 
 _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # memory of the last optimizer step
@@ -98,12 +93,10 @@ class ExcitedConv(_ConvNd):
         excitation: ``we`` (both), ``mwe``, ``lwe`` or ``none``.
         formulation: ``channel`` (MWE the channel gate, LWE the map) or ``paper`` (MWE the map, LWE the location gate).
         standardize: whether weight standardization comes first.
-        reduction: the gate's hidden layer has the channels over this.
-        margin: the map has its pole at this times the largest weight, above 1.
         *args, **kwargs: those of the plain convolution.
 
     Raises:
-        ValueError: an unknown excitation or formulation, a number out of its bounds, or complex weights.
+        ValueError: an unknown excitation or formulation, or complex weights.
     """
 
     def __init__(
@@ -112,17 +105,15 @@ class ExcitedConv(_ConvNd):
         excitation: str = "we",
         formulation: str = "channel",
         standardize: bool = True,
-        reduction: int = GATE_REDUCTION,
-        margin: float = MAP_MARGIN,
         **kwargs,
     ) -> None:
-        settings = Settings(excitation, formulation, standardize, reduction, margin)
+        settings = Settings(excitation, formulation, standardize)
         settings.check()
         super().__init__(*args, **kwargs)
         self._set_up(settings)
 
     def _set_up(self, settings: Settings) -> None:
-        excitation, formulation, standardize, reduction, margin = settings
+        excitation, formulation, standardize = settings
         if self.weight.is_complex():
             raise ValueError("complex weights can't be excited")
         if is_depthwise(self):
@@ -132,20 +123,15 @@ class ExcitedConv(_ConvNd):
         halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
         self.excites = self.standardize or excitation != "none"
         kinds = [name for name, gate in GATES.items() if gate in halves]
-        self.steps = Steps(standardize, kinds[0] if kinds else None, margin if activation_map in halves else None)
+        self.steps = Steps(standardize, kinds[0] if kinds else None, activation_map in halves)
         self.gate = None
         if kinds:
             shape = self.in_channels, self.out_channels, self.groups
-            gate = GATES[kinds[0]](*shape, self.weight.device, self.weight.dtype, reduction)
+            gate = GATES[kinds[0]](*shape, self.weight.device, self.weight.dtype)
             self.gate = gate.train(self.training).requires_grad_(self.weight.requires_grad)
         # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of. It is no
         # parameter or buffer, so that copies, averages and wrappers see what they see outside.
         self.excited = self.source = None
-
-    @property
-    def mapped(self) -> bool:
-        """Whether the activation map is the last step."""
-        return self.steps.margin is not None
 
     def excited_weight(self) -> Tensor:
         """The tensor that convolves, of the weight's shape and type; computed in at least float32."""
@@ -229,8 +215,6 @@ def excite(
     excitation: str = "we",
     formulation: str = "channel",
     standardize: bool = True,
-    reduction: int = GATE_REDUCTION,
-    margin: float = MAP_MARGIN,
     select: Callable[[str, _ConvNd], bool] | None = None,
 ) -> nn.Module:
     """Make a model's plain convolutions excited ones, with all that they have: parameters, hooks, names.
@@ -242,7 +226,7 @@ def excite(
 
     Args:
         module: changed in place. A single convolution is always excited.
-        excitation, formulation, standardize, reduction, margin: as for :class:`ExcitedConv`.
+        excitation, formulation, standardize: as for :class:`ExcitedConv`.
         select: of a convolution's name and the layer, whether to excite it.
 
     Returns:
@@ -252,7 +236,7 @@ def excite(
         ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, or
             whose weight is complex or reparametrized. Nothing is changed then.
     """
-    settings = Settings(excitation, formulation, standardize, reduction, margin)
+    settings = Settings(excitation, formulation, standardize)
     settings.check()
     convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, PLAIN)}
     normalized = {module} | before_normalization(module)

@@ -95,7 +95,7 @@ def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, gro
 
     def excited(*parameters):
         weight = gated(*parameters)
-        return activation_map(weight, maximum) if conv.mapped else weight
+        return activation_map(weight, maximum) if conv.steps.mapped else weight
 
     parameters = excitation_parameters(conv)
     assert gradcheck(excited, parameters)

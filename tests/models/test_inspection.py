@@ -34,8 +34,8 @@ def test_the_way_of_a_weight(excitation, formulation, standardize):
     if layer.gates is not None:
         assert layer.gates.shape == layer.constants.shape == {"channel": (32, 1), "paper": (32, 16)}[formulation]
         weight *= layer.gates[..., None, None]
-    assert (layer.relative is not None) == conv.mapped
-    if conv.mapped:
+    assert (layer.relative is not None) == conv.steps.mapped
+    if conv.steps.mapped:
         pole = MAP_MARGIN * np.abs(weight).max()
         np.testing.assert_allclose(layer.relative, weight / pole, rtol=1e-4, atol=1e-6)
         weight = pole * np.arctanh(weight / pole)

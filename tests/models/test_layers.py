@@ -33,7 +33,7 @@ def test_the_formulation_table():
     ):
         conv = Conv2d(4, 8, 3, excitation=excitation, formulation=formulation)
         assert type(conv.gate) is gate
-        assert conv.mapped is mapped
+        assert conv.steps.mapped is mapped
 
 
 @pytest.mark.parametrize("wrong", [{"excitation": "all"}, {"formulation": "mine"}])
