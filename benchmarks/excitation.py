@@ -7,11 +7,8 @@ python -m benchmarks.excitation [-a ARCH] [--micro-batch N ...] [--iter-size N .
 
 import argparse
 import functools
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -19,39 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models
-from benchmarks.measure import markdown, median, ratio, rounds
+from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
 from models import excitation, fused
 from models.excitation import Steps
-from models.layers import Conv2d, excited_once, fold
+from models.layers import excited_once, fold
 from utils import command
 from utils.arguments import Parser, number
 
 EVALUATION = 4  # images of a batch
-MIB = 2**20
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PLAIN, BATCH_NORM = "plain GroupNorm", "torchvision, BatchNorm"
-# The keywords of models.create().
-EACH_FORWARD = {f"`{name}`, we, each forward": {"formulation": name} for name in ("channel", "paper")}
-VARIANTS = {
-    PLAIN: {"excitation": "none", "standardize": False},
-    "standardized": {"excitation": "none"},
-    **{
-        f"`{formulation}`, {letters}": {"formulation": formulation, "excitation": letters}
-        for formulation in ("channel", "paper")
-        for letters in ("mwe", "lwe", "we")
-    },
-    **EACH_FORWARD,
-    BATCH_NORM: {},
-}
+EACH_FORWARD = ", each forward"  # after the name of a variant
+NETWORKS = (*VARIANTS, f"`channel`{EACH_FORWARD}", f"`paper`{EACH_FORWARD}")
 
 
 class Network:
     """A variant on the device, with what a training step of it needs."""
 
     def __init__(self, name: str, arch: str):
-        self.model = models.create(arch.removeprefix("l_") if name == BATCH_NORM else arch, **VARIANTS[name]).to(DEVICE)
+        self.model = create(name.removesuffix(EACH_FORWARD), arch)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.001, 0.9, weight_decay=1e-4, fused=True)
-        self.each_forward = name in EACH_FORWARD
+        self.each_forward = name.endswith(EACH_FORWARD)
 
     def train(self, batch: int, iter_size: int, image_size: int) -> None:
         """One optimizer step."""
@@ -67,8 +50,7 @@ class Network:
 @functools.cache
 def noise(batch: int, image_size: int) -> tuple[Tensor, Tensor]:
     """A batch of images and its classes."""
-    images = torch.randn(batch, 3, image_size, image_size, device=DEVICE)
-    return images, torch.randint(1000, (batch,), device=DEVICE)
+    return torch.randn(batch, 3, image_size, image_size), torch.randint(1000, (batch,))
 
 
 def plain_form() -> AbstractContextManager:
@@ -90,7 +72,7 @@ def evaluate(model: nn.Module, image_size: int) -> None:
 
 def time_table(args: argparse.Namespace) -> list[list[str]]:
     """Time of each network over that of the plain one, for each case."""
-    networks = {name: Network(name, args.arch) for name in VARIANTS}
+    networks = {name: Network(name, args.arch) for name in NETWORKS}
     columns = [["network", *networks]]
     for batch in args.micro_batch:
         for iter_size in args.iter_size:
@@ -113,33 +95,6 @@ def time_column(title: str, runs: dict[str, Callable[[], None]], images: int, se
     return [title, f"{images / median(times, PLAIN):.1f} images/s", *others]
 
 
-def memory_table(args: argparse.Namespace) -> list[list[str]]:
-    """Peak memory of each network, each in a process of its own."""
-    batch = max(args.micro_batch)
-    convs = [module for module in models.create(args.arch).modules() if isinstance(module, Conv2d)]
-    copy = sum(conv.weight.nbytes for conv in convs) / MIB
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = {name: pool.submit(peak_memory, name, args.arch, batch, args.image_size) for name in VARIANTS}
-    peaks = {name: peak.result() / MIB for name, peak in peaks.items()}
-    rows = [[name, f"{peak:.0f}", f"{peak / (peaks[PLAIN] + copy):.2f}"] for name, peak in peaks.items()]
-    return [["peak memory, MiB", f"{batch} x 1", "over plain + one copy of the weights"], *rows]
-
-
-def peak_memory(name: str, arch: str, batch: int, image_size: int) -> int:
-    """Bytes that three training steps hold at most."""
-    before = resident("VmRSS")
-    network = Network(name, arch)
-    for _ in range(3):
-        network.train(batch, 1, image_size)
-    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of this process in memory: now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     archs, count = [arch for arch in models.EXCITED if "resnext" not in arch], {"type": number(int, 1), "metavar": "N"}
@@ -149,12 +104,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--iter-size", **count, nargs="+", default=[1, 8], help="micro-batches of a step [1 8]")
     parser.add_argument("--seconds", type=number(float, 0), default=60, metavar="X", help="for each case [60]")
     args = parser.parse_args(argv)
-    torch.backends.cudnn.benchmark = True
-    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.arch} at {args.image_size} pixels; torch {torch.__version__}; {machine}\n")
+    print(f"{args.arch} at {args.image_size} pixels; torch {torch.__version__}; {torch.get_num_threads()} threads\n")
     print("Time over the plain network's; columns are micro-batch x iteration size.\n")
-    print(f"{markdown(time_table(args))}\n")
-    print(markdown(memory_table(args)))
+    print(markdown(time_table(args)))
     return 0
 
 

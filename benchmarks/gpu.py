@@ -12,9 +12,8 @@ import copy
 import functools
 import gc
 import os
-import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from unittest import mock
 
@@ -23,8 +22,8 @@ from torch import nn
 
 import imagenet
 import models
-from benchmarks.measure import markdown, median, ratio, rounds
-from models.layers import Conv2d, excited_once
+from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
+from models.layers import excited_once
 from utils import command, distributed
 from utils.arguments import Parser, number
 from utils.classifier import Classifier, classify
@@ -43,14 +42,6 @@ MODES = {
     "bf16": "--amp bf16",
     "bf16, channels last": "--amp bf16 --channels-last",
     "bf16, compiled": "--amp bf16 --compile",
-    "bf16, channels last, compiled": "--amp bf16 --channels-last --compile",
-}
-PLAIN, BATCH_NORM = "plain GroupNorm", "torchvision, BatchNorm"
-VARIANTS = {
-    PLAIN: {"excitation": "none", "standardize": False},
-    "`channel`": {},
-    "`paper`": {"formulation": "paper"},
-    BATCH_NORM: {},
 }
 
 
@@ -194,45 +185,6 @@ def check() -> int:
     return int(failed > 0)
 
 
-def excitation_table(seconds: float) -> list[list[str]]:
-    """Excitation alone, both passes: until it is done, and the GPU's time where the CPU is ahead, as in training."""
-    rows = [["excitation alone, a step", "ms"] + ["of the GPU, ms"] * IS_GPU]
-    for name in ("`channel`", "`paper`"):
-        model = models.create(ARCH, **VARIANTS[name]).to(DEVICE)
-        convs = [module for module in model.modules() if isinstance(module, Conv2d)]
-        grads = [torch.randn_like(conv.weight) for conv in convs]
-        alone = functools.partial(excite_alone, model, convs, grads)
-        alone()  # the second call captures a graph
-        times = rounds({name: alone}, seconds / 2)
-        gpu = [f"{statistics.median(gpu_time(alone) for _ in times):.2f}"] if IS_GPU else []
-        rows.append([name, f"{1e3 * median(times, name):.2f}", *gpu])
-    return rows
-
-
-def gpu_time(work: Callable[[], None]) -> float:
-    """Milliseconds of a GPU that other work keeps busy until this one is launched."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    matrix = torch.ones(8192, 8192, device=DEVICE)
-    for _ in range(4):
-        matrix @ matrix
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def excite_alone(model: nn.Module, convs: list[Conv2d], grads: list[torch.Tensor]) -> None:
-    """Forward, and backward from given gradients."""
-    for conv in convs:
-        conv.weight.grad = None
-        for parameter in () if conv.gate is None else conv.gate.parameters():
-            parameter.grad = None
-    with excited_once(model):
-        for conv, grad in zip(convs, grads, strict=True):
-            conv.excited.grad = grad
-
-
 def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str]:
     """Each network's images/s and peak memory, and both over the plain one's.
 
@@ -242,14 +194,14 @@ def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str
     torch.compiler.reset()
     count = max(STEP // images, 1)
     data, steps, peaks = batches(images, SIZE, count), {}, {}
-    for name, settings in VARIANTS.items():
+    for name in VARIANTS:
         gc.collect()
-        before = memory()  # of the networks before it
-        model = models.create(ARCH.removeprefix("l_") if name == BATCH_NORM else ARCH, **settings)
-        run = run_of(model, f"{MODES[mode]} --iter-size {count}")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # of the networks before it
+        run = run_of(create(name, ARCH), f"{MODES[mode]} --iter-size {count}")
         steps[name] = functools.partial(train, run, data, together)
         steps[name]()
-        peaks[name] = peak_memory() - before
+        peaks[name] = torch.cuda.max_memory_allocated() - before
     times = rounds(steps, seconds)
     cells = [mode, f"{images} x {count}"]
     for name in VARIANTS:
@@ -258,19 +210,6 @@ def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str
     for name in VARIANTS if IS_GPU else ():
         cells.append(f"{peaks[name] / MIB:.0f} ({peaks[name] / peaks[PLAIN]:.3f})")
     return cells
-
-
-def memory() -> int:
-    """Bytes of the GPU that tensors take now; the peak begins here."""
-    if not IS_GPU:
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def peak_memory() -> int:
-    """Bytes that tensors have taken at most."""
-    return torch.cuda.max_memory_allocated() if IS_GPU else 0
 
 
 def main(argv: list[str]) -> int:
@@ -287,7 +226,7 @@ def main(argv: list[str]) -> int:
     print(f"{name}; torch {torch.__version__}", flush=True)
     if args.what == "check":
         return check()
-    print(f"{ARCH} at {SIZE} pixels, {STEP} images to an optimizer step\n\n{markdown(excitation_table(args.seconds))}")
+    print(f"{ARCH} at {SIZE} pixels, {STEP} images to an optimizer step")
     names = [f"{name}, {unit}" for unit in ("images/s", "MiB")[: 1 + IS_GPU] for name in VARIANTS]
     print("\nImages/s of whole steps and peak memory; in brackets, over the plain network's.\n")
     rows = [["mode", "micro-batch", *names]]

@@ -5,8 +5,24 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
+import models
 
 MIN_ROUNDS = 3
+PLAIN, BATCH_NORM = "plain GroupNorm", "torchvision, BatchNorm"
+# The networks that are compared: keywords of models.create().
+VARIANTS = {
+    PLAIN: {"excitation": "none", "standardize": False},
+    "`channel`": {},
+    "`paper`": {"formulation": "paper"},
+    BATCH_NORM: {},
+}
+
+
+def create(name: str, arch: str) -> nn.Module:
+    """A variant of an l_* network, or torchvision's network of that size."""
+    return models.create(arch.removeprefix("l_") if name == BATCH_NORM else arch, **VARIANTS[name])
 
 
 def rounds(runs: dict[str, Callable[[], None]], seconds: float) -> list[dict[str, float]]:

@@ -1,14 +1,11 @@
-"""How fast images reach the network: the classic pipeline, this one, decoding alone, and the whole loader.
+"""How fast images reach the network: the classic pipeline, this one, and decoding alone.
 
-python -m benchmarks.pipeline [--workers N] [--seconds X]
+python -m benchmarks.pipeline [--seconds X]
 
 It draws its own JPEGs, 500 x 375 pixels and about the mean size of ImageNet's, which it prints.
 """
 
 import argparse
-import contextlib
-import functools
-import os
 import statistics
 import tempfile
 from collections import deque
@@ -22,21 +19,18 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.io import decode_jpeg, read_file
 
-import imagenet
 from benchmarks.measure import markdown, median, ratio, rounds
 from utils import command
 from utils.arguments import Parser, number
-from utils.data import MEAN, STD, TRAIN, VAL, Data
+from utils.data import MEAN, STD
 from utils.folders import ImageFolder
-from utils.workers import end_workers
 
 IMAGES = 256
-NAMES = 16  # of each training image, so that an epoch is long enough to time
 SIZE = 224
 
 
 def draw_jpegs(folder: Path) -> float:
-    """Draw photograph-like noise into train/CLASS and val/CLASS, the same to both; returns the mean size in KB."""
+    """Draw photograph-like noise into two class folders; returns the mean size in KB."""
     sizes = []
     for index in range(IMAGES):
         rng = np.random.default_rng(index)
@@ -44,14 +38,10 @@ def draw_jpegs(folder: Path) -> float:
         for scale, height, width in ((0.6, 12, 16), (0.4, 94, 125)):  # large soft shapes, and texture
             noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
             pixels += scale * np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC), dtype=float)
-        train, val = (folder / split / f"class{index % 2}" for split in (TRAIN, VAL))
-        for parent in (train, val):
-            parent.mkdir(parents=True, exist_ok=True)
-        file = val / f"{index}.jpg"
+        file = folder / f"class{index % 2}" / f"{index}.jpg"
+        file.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=int(rng.integers(84, 96)))
         sizes.append(file.stat().st_size / 1000)
-        for name in range(NAMES):
-            os.link(file, train / f"{index}-{name}.jpg")
     return statistics.mean(sizes)
 
 
@@ -65,8 +55,8 @@ def core_table(folder: Path, seconds: float) -> list[list[str]]:
     to_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     augment = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), *to_tensor])
     center = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIZE), *to_tensor])
-    their_train, their_val = (torchvision.datasets.ImageFolder(folder / VAL, way) for way in (augment, center))
-    train, val = ImageFolder(folder / VAL, SIZE, seed=0), ImageFolder(folder / VAL, SIZE)
+    their_train, their_val = (torchvision.datasets.ImageFolder(folder, way) for way in (augment, center))
+    train, val = ImageFolder(folder, SIZE, seed=0), ImageFolder(folder, SIZE)
     decoding, indices = "decoding alone", range(IMAGES)
     runs = {
         decoding: lambda: drop(decode_jpeg(read_file(val.path(index))) for index in indices),
@@ -86,39 +76,15 @@ def core_table(folder: Path, seconds: float) -> list[list[str]]:
     return rows
 
 
-def loader_table(folder: Path, workers: int) -> list[list[str]]:
-    """The trainer's loader with 1 to N workers."""
-    runs = {str(count): functools.partial(load_epoch, folder, count) for count in range(1, workers + 1)}
-    times = rounds(runs, 0)
-    rows = [["workers", "images/s", "over one worker"]]
-    for name in runs:
-        rows.append([name, f"{NAMES * IMAGES / median(times, name):.0f}", f"{ratio(times, '1', name):.2f}"])
-    return rows
-
-
-def load_epoch(folder: Path, workers: int) -> None:
-    """Load each training image once."""
-    words = f"--data {folder} --image-size {SIZE} --train-batch {IMAGES // 4} --workers {workers}"
-    with contextlib.redirect_stdout(None):
-        data = Data(imagenet.build_parser().parse_args(words.split()), torch.device("cpu"))
-    for step in data.training(0):
-        drop(step)
-    data.batches.close()
-    end_workers()
-
-
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=number(int, 1), default=cores, metavar="N", help="at most [all cores]")
     parser.add_argument("--seconds", type=number(float, 0), default=30, metavar="X", help="for the first table [30]")
     args = parser.parse_args(argv)
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow {Image.__version__}"
     with tempfile.TemporaryDirectory() as folder:
         size = draw_jpegs(Path(folder))
         print(f"{IMAGES} JPEGs of 500 x 375 pixels and {size:.0f} KB on the average; {versions}\n")
-        print(f"{markdown(core_table(Path(folder), args.seconds))}\n")
-        print(markdown(loader_table(Path(folder), args.workers)))
+        print(markdown(core_table(Path(folder), args.seconds)))
     return 0
 
 
