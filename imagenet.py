@@ -101,7 +101,8 @@ def main(argv: list[str]) -> int:
     args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
     if args.export or args.visualize:
         if distributed.RANK == 0:
-            outputs.write(args, saved, create_model(args, saved["classes"], saved))
+            write = outputs.export if args.export else outputs.visualize
+            write(args, saved, create_model(args, saved["classes"], saved))
         return 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
         print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")

@@ -57,10 +57,7 @@ class Data:
         self.batches: Iterator[Batch] | None = None  # one stream, so that workers never wait at an epoch's end
         if args.demo and distributed.LOCAL_RANK == 0 and not os.path.exists(args.data):
             print(f"Drawing the demo data into {args.data}")
-            try:
-                draw_demo(args.data)
-            except OSError as error:
-                raise BadInput(f"--data: can't draw the demo data into {args.data}: {error.strerror}") from error
+            draw_demo(args.data)
         distributed.wait()  # for the one that draws
         parent = Path(args.data).parent
         if not os.path.exists(Path(args.data, VAL)) and Path(parent, VAL).is_dir():

@@ -1,7 +1,6 @@
 """Writing files that are whole or not there at all, and that replace nothing unasked."""
 
 import contextlib
-import errno
 import os
 import secrets
 from pathlib import Path
@@ -40,16 +39,10 @@ def write_atomically(path: str | Path, contents: bytes | memoryview, previous: P
 
 def _sync_folder(folder: Path) -> None:
     """A rename lasts through a loss of power only when the folder is on the disk as well."""
-    if os.name != "posix":
-        return
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some file systems can't sync folders
         os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that can't sync folders
-            raise
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def refuse_existing(flag: str, path: str | Path, overwrite: bool) -> None:

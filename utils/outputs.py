@@ -15,21 +15,12 @@ from utils.errors import BadInput
 from utils.files import write_output
 
 
-def write(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
-    """Write what the command asks for.
-
-    Args:
-        saved: the run's checkpoint.
-        model: the network with its weights.
+def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
+    """Write the folded weights of a run's checkpoint as a plain state_dict, and say how to load it.
 
     Raises:
-        BadInput: it can't be written, or there is nothing to draw.
+        BadInput: it can't be written.
     """
-    (export if args.export else visualize)(args, saved, model)
-
-
-def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
-    """Write the folded weights as a plain state_dict, and say how to load it."""
     contents, classes = io.BytesIO(), len(saved["classes"])
     torch.save(models.fold(model).state_dict(), contents)
     write_output("--export", args.export, contents.getbuffer())
@@ -39,7 +30,11 @@ def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
 
 
 def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
-    """Draw what excitation does to the run's weights."""
+    """Draw what excitation does to the weights of a run's checkpoint.
+
+    Raises:
+        BadInput: it can't be written, or there is nothing to draw.
+    """
     layers = list(inspect_layers(model))
     if not layers:
         raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")

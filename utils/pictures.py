@@ -1,10 +1,9 @@
 """Pictures of what a network's excitation has learned, from the numbers of models/inspection.py.
 
-They read in grayscale, the filters apart: what differs in colour differs in lightness, marker or line as well.
+They read in grayscale: what differs in colour differs in lightness, marker or line as well.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from utils.figures import Artist, Axes, Figure, render
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
 AXIS_NAMES = 25  # layers that an axis has room to name
-NAMES = ("weights.png", "filters.png", "gates.png")
+NAMES = ("weights.png", "gates.png")
 
 
 class Layer(Protocol):
@@ -36,10 +35,7 @@ def draw(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str
         fresh: their gates in a network that is not trained.
         title: names the seed of that network.
     """
-    figures = {
-        "weights.png": draw_weights(layers, title),
-        "filters.png": draw_filters(layers[0].raw, layers[0].excited, title),
-    }
+    figures = {"weights.png": draw_weights(layers, title)}
     if any(layer.gates is not None for layer in layers):
         figures["gates.png"] = draw_gates(layers, fresh, title)
     return {name: render(figure) for name, figure in figures.items()}
@@ -142,30 +138,6 @@ def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chos
     depth.legend(title="percentile", ncols=3, loc="upper center", fontsize="small", columnspacing=1)
     for axes in (curve, depth):
         axes.grid(alpha=0.25)
-
-
-def draw_filters(raw: np.ndarray, excited: np.ndarray, title: str) -> Figure:
-    """The first layer's filters, (O, 3, kh, kw), before and after excitation."""
-    rows, columns = tile(raw).shape[:2]
-    figure = Figure(figsize=(9, 1.2 + 4.2 * rows / columns), layout="constrained")
-    figure.suptitle(title)
-    for axes, weight, name in zip(figure.subplots(1, 2), (raw, excited), ("raw", "excited"), strict=True):
-        end = max(float(np.percentile(np.abs(weight), 99.5)), np.finfo(np.float32).tiny)
-        axes.imshow(tile((0.5 + weight / (2 * end)).clip(0, 1)), interpolation="nearest")
-        axes.set(title=f"{name}: black {-end:.2g}, gray 0, white {end:.2g}", xticks=[], yticks=[])
-    return figure
-
-
-def tile(filters: np.ndarray) -> np.ndarray:
-    """Filters (O, 3, kh, kw), in [0, 1], as one picture (rows, columns, 3) with white lines between them."""
-    count, _, height, width = filters.shape
-    columns = max(8, math.ceil(math.sqrt(count)))
-    rows = math.ceil(count / columns)
-    cells = np.ones((rows * columns, height + 1, width + 1, 3))
-    cells[:count, 1:, 1:] = filters.transpose(0, 2, 3, 1)
-    picture = cells.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2)
-    picture = picture.reshape(rows * (height + 1), columns * (width + 1), 3)
-    return np.pad(picture, ((0, 1), (0, 1), (0, 0)), constant_values=1.0)
 
 
 def sample(values: np.ndarray) -> np.ndarray:
