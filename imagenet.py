@@ -178,7 +178,7 @@ class Run:
         sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
         self.optimizer = torch.optim.SGD(models.decay_groups(model, args.decay), args.lr, **sgd)
         for parameter in model.parameters() if args.momentum else ():
-            # If it skips its first step, a fused optimizer would keep what it has not written.
+            # A fused optimizer that skips its first step would keep an uninitialized buffer.
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))

@@ -17,7 +17,7 @@ from utils.arguments import Parser, number
 
 def activation_bytes(model: nn.Module, image_size: int) -> int:
     """Bytes of activations that autograd keeps for one image, in float32; tensors that share memory count once."""
-    batch = 2  # told from the weights, whose first dimension is another
+    batch = 2  # no weight has this first dimension
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class Gate(nn.Module):
         return [tensor for layer in (self.fc1, self.fc2) for tensor in (layer.weight, layer.bias)]
 
     def is_plain(self) -> bool:
-        """Whether its tensors say all: the layers are those that it was made with, without hooks."""
+        """Whether its tensors describe it fully: the layers are those that it was made with, without hooks."""
         hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         layers = self.fc1, self.fc2
         return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) and not any(

@@ -30,7 +30,7 @@ FORMULATIONS = {
 ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "steps", "excited", "source")
 NORM_GROUPS = 32
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-NORM_NAMES = ("Norm", "Norm2d")  # how others name their own
+NORM_NAMES = ("Norm", "Norm2d")  # classes of other libraries end so
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -197,7 +197,7 @@ def _raw(weight: Tensor) -> Tensor:
 
 
 def _in_4d(weight: Tensor) -> Tensor:
-    return weight if weight.ndim == 4 else weight.flatten(2).unsqueeze(3)  # the equations tell no place from another
+    return weight if weight.ndim == 4 else weight.flatten(2).unsqueeze(3)  # the order of places doesn't matter
 
 
 def _like(weight: Tensor, excited: Tensor) -> Tensor:
@@ -316,8 +316,8 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
     unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it. A weight that is
     replaced or written to inside is excited anew in each forward pass. After an exception nothing flows. The excited
-    weights and their gradients are no one's to keep: the next block writes over the ones, leaving this one over the
-    others.
+    weights and their gradients must not be kept: the next block overwrites the weights, and leaving this block the
+    gradients.
 
     Raises:
         ValueError: the model is wrapped in what can't work with it.

@@ -93,7 +93,7 @@ class _Plan:
         """Capture both passes, which read the parameters where they lie, and keep memory of their own."""
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.device(self.layers[0].tensors[0].device):
-            # By thread, as others, such as the one that pins a loader's batches, go on with their own work.
+            # For this thread alone: others, such as the one that pins the loader's batches, go on with their work.
             with torch.cuda.graph(forward, capture_error_mode="thread_local"):
                 self.excited = self._excite(_side_by_side)
             with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):

@@ -218,7 +218,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether it holds numbers, with neither nan nor infinity among them."""
     if not tensor.is_cpu or tensor.layout != torch.strided:
         return False
-    # Of one number, a tensor of any size can be made.
+    # A view can give one number any shape.
     stands_for_itself = tensor.nbytes <= tensor.untyped_storage().nbytes()
     try:
         return stands_for_itself and bool(tensor.isfinite().all())
@@ -279,7 +279,7 @@ def load_weights(model: torch.nn.Module, saved: dict, flag: str = "--resume") ->
         BadInput: names, shapes or types don't fit, with what may be the reason.
     """
     file, own = saved["file"], model.state_dict()
-    # Torch before 0.4.1 didn't count batches; to be without the count is no reason to refuse.
+    # Torch before 0.4.1 had no such counter.
     state = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | saved["state_dict"]
     missing, surplus = ([name for name in one if name not in other] for one, other in ((own, state), (state, own)))
     if missing and not surplus and all(_is_of_gate(name) for name in missing):
@@ -357,7 +357,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
             f"--resume: the optimizer in {saved['file']} doesn't fit this run's; --init takes the weights alone"
         )
     for parameter, momentum in zip(parameters, momenta, strict=False):
-        # The fused optimizer takes it that both have one memory layout, which --channels-last may have changed.
+        # The fused optimizer assumes that both have one memory layout, which --channels-last may have changed.
         optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
 
 
@@ -396,8 +396,8 @@ def set_random_state(state: dict) -> None:
 
 @contextlib.contextmanager
 def undone_if_stopped(model: torch.nn.Module, micro_batches: int) -> Iterator[None]:
-    """Where a signal ends the run in the middle of a step, make random state and buffers what they were before it."""
-    if micro_batches == 1 or distributed.PROCESSES > 1:  # nothing is done before the only wait, or no wait is ended
+    """If a signal ends the run in the middle of a step, restore random state and buffers as they were before it."""
+    if micro_batches == 1 or distributed.PROCESSES > 1:  # the only wait comes first, or no wait is ended
         yield
         return
     state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]

@@ -53,6 +53,6 @@ def normalize(images: Tensor, dtype: torch.dtype, layout: torch.memory_format = 
     return images.to(dtype, memory_format=layout).sub_(mean).div_(std)
 
 
-@functools.cache  # a copy to a GPU waits for all that it has yet to do
+@functools.cache  # copying them to a GPU each time would wait for its queue
 def _mean_and_std(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(255 * torch.tensor(value, dtype=dtype, device=device)[:, None, None] for value in (MEAN, STD))

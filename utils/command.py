@@ -40,7 +40,7 @@ def script(main: Callable[[list[str]], int], name: str) -> None:
     # Line by line, so that a log file is up to date; a path that is no valid text can be printed.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-    sys.unraisablehook = lambda error: None  # of what a failure leaves half-made: one line says enough
+    sys.unraisablehook = lambda error: None  # a failure leaves objects half-made; its one line says enough
     if distributed.RANK > 0:  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = run(main, sys.argv[1:], name)
@@ -81,7 +81,7 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         # Of an error in a process that loads images, the last line is the error and those before it its traceback.
         return 1, (str(error).splitlines() or [type(error).__name__])[-1]
-    # The CPU's allocator raises no type of its own.
+    # The CPU's allocator raises a plain RuntimeError.
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
         text = str(error).partition("\n")[0]
         return 1, (

@@ -168,10 +168,10 @@ class Data:
                 nothing can replace one.
         """
         workers, is_gpu = math.ceil(self.args.workers / distributed.PROCESSES), self.device.type == "cuda"
-        # A fork would have the locks of CUDA's and NCCL's threads, and nobody to open them.
+        # A forked worker would inherit locks of CUDA's and NCCL's threads, which nobody releases.
         context = multiprocessing.get_context("forkserver" if is_gpu else None)
         if context.get_start_method() == "forkserver":
-            with held():  # of its own, as the start ends it
+            with held():  # a block of its own, as starting the tracker unblocks signals
                 multiprocessing.resource_tracker.ensure_running()
         ignore_warnings()
         loader = DataLoader(

@@ -62,7 +62,7 @@ def count_gpus() -> int:
     Raises:
         BadInput: a driver is, but CUDA doesn't work with it.
     """
-    with warnings.catch_warnings(record=True) as reasons:  # torch gives them by nothing else
+    with warnings.catch_warnings(record=True) as reasons:  # torch gives reasons only as warnings
         warnings.simplefilter("always")
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if reasons and gpus == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
@@ -72,7 +72,7 @@ def count_gpus() -> int:
 
 
 def check_works(device: torch.device) -> None:
-    """See that a GPU computes.
+    """Check that a GPU computes.
 
     Raises:
         BadInput: PyTorch is built without code for it, or it is full, or others have it for themselves.
@@ -196,7 +196,7 @@ def is_first_to_fail() -> bool:
 
 def has_lost_another(error: Exception) -> bool:
     """Whether the error comes from a connection to a process that is gone."""
-    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # which has no type of its own
+    is_gloo = isinstance(error, RuntimeError) and "gloo" in str(error).lower()  # its errors have no type of their own
     return isinstance(error, dist.DistError) or (PROCESSES > 1 and is_gloo)
 
 

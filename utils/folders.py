@@ -56,7 +56,7 @@ class ImageFolder(Dataset):
         self.classes, self.class_folders = list(folders), list(folders.values())
         self.passed_over, self.example = len(others), min(others, default="")  # files that aren't images of a class
         self.starts = [0]  # of each class, the index of its first image
-        # No list of strings: counting the references to a million of them, each worker would copy them all.
+        # Bytes, and not a list of strings: reference counts would make each worker copy a million of them.
         names, lengths = bytearray(), []
         top = os.stat(folder)
         for place in self.class_folders:
@@ -96,7 +96,7 @@ class ImageFolder(Dataset):
                 image = decode(read(path))
             except MemoryError:
                 raise
-            except Exception as error:  # decoders raise nearly every type there is; raised on, it would lose the name
+            except Exception as error:  # decoders raise nearly every type there is
                 if isinstance(error, OSError) and error.errno is not None:  # the system's; decoders set none
                     return Sample(None, -1, reasons, f"can't read the image {path}: {error.strerror}")
                 kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "

@@ -228,7 +228,7 @@ def common(args: argparse.Namespace) -> dict:
 def command(args: argparse.Namespace) -> str:
     """The command with every option of the run."""
     begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
-    # What is refused beside others, and means nothing there.
+    # What would be refused beside the other options.
     left_out = ["schedule"] * args.cosine + ["formulation"] * (args.excitation is None)
     left_out += ["pretrained", "start_epoch"] * (args.resume is not None)
     words = []

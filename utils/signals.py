@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from utils import distributed
 
-# SIGUSR1 is what SLURM sends before a job's time is up. Windows has but the first two.
+# SIGUSR1 is what SLURM sends before a job's time is up. Windows has only the first two.
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -102,7 +102,7 @@ def ignore_in_worker() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Let signals wait outside: a worker that is started inside must not be hit before it ignores them."""
+    """Block signals meanwhile: a worker that is started inside must not be hit before it ignores them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -68,7 +68,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 def start_worker(worker: int) -> None:
     """Workers end with the main process, without a word."""
-    sys.excepthook = lambda *error: None  # multiprocessing tells by it that the main process left in mid-sending
+    sys.excepthook = lambda *error: None  # the main process may die while it sends
     multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error
     ignore_in_worker()
     ignore_warnings()
@@ -110,7 +110,7 @@ def _ignore_deaths() -> None:
 
 
 def end_workers() -> None:
-    """Kill what is left of the workers: at its exit Python ends them by a signal that they ignore, and would wait."""
+    """Kill what is left of the workers: at its exit Python would end them by a signal that they ignore, and wait."""
     _ignore_deaths()
     for worker in running:
         worker.kill()
