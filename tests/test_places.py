@@ -106,7 +106,7 @@ def test_few_open_files(images, tmp_path):
 def test_a_notebooks_backend_that_is_not_here(images, finished, tmp_path):
     ended = train(images, tmp_path / "run", "--demo", MPLBACKEND=NOTEBOOK)
     assert (ended.returncode, ended.stderr) == (0, "")
-    ended = run_process("-m", "utils.logger", finished, "--out", tmp_path / "curves.png", MPLBACKEND=NOTEBOOK)
+    ended = run_process("-m", "utils.compare", finished, "--out", tmp_path / "curves.png", MPLBACKEND=NOTEBOOK)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "curves.png").exists()
 

@@ -1,7 +1,10 @@
 """Runs compared: the accuracies of each, and of each setting over its seeds, and the curves over one another.
 
-python -m utils.logger RUN [RUN ...] [--out FILE.png]
+python -m utils.compare RUN [RUN ...] [--out FILE.png]
 """
+
+if __name__ == "__main__":
+    import utils.start  # noqa: F401
 
 import itertools
 import math
@@ -14,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils import command
 from utils.arguments import Parser, path
 from utils.errors import BadInput
 from utils.figures import Figure, Line2D, colormaps, render
@@ -148,3 +152,7 @@ def compare_curves(settings: dict[str, list[Rows]]) -> Figure:
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+if __name__ == "__main__":
+    command.script(main, "utils.compare")

@@ -1,10 +1,4 @@
-"""log.txt, one tab-separated row for each epoch, and its curves, log.png.
-
-python -m utils.logger RUN [RUN ...]                     compare runs, as utils/compare.py does
-"""
-
-if __name__ == "__main__":
-    import utils.start  # noqa: F401
+"""log.txt, one tab-separated row for each epoch, and its curves, log.png."""
 
 import contextlib
 import math
@@ -138,9 +132,3 @@ def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:
             label = f"lr {after['Learning Rate']:.3g}"
             axes.text(place, 1.01, label, transform=axes.get_xaxis_transform(), ha="center", color="0.4", size="small")
             named = place
-
-
-if __name__ == "__main__":
-    from utils import command, compare
-
-    command.script(compare.main, "utils.logger")

@@ -90,7 +90,7 @@ def log(folder: Path, epochs: int, *commands: str) -> Path:
 @pytest.fixture
 def compare(capsys):
     """Run main() with these words; gives status, stdout and stderr."""
-    return lambda *words: (run(main, [str(word) for word in words], "utils.logger"), *capsys.readouterr())
+    return lambda *words: (run(main, [str(word) for word in words], "utils.compare"), *capsys.readouterr())
 
 
 def test_runs_are_compared(compare, tmp_path):
