@@ -109,14 +109,14 @@ def main(argv: list[str]) -> int:
         return 0
 
     if not args.evaluate:
-        folder = RunFolder(args.checkpoint, saved, args.resume, args.overwrite)
+        folder = RunFolder(args.checkpoint, saved, args.resume, args.overwrite)  # early, as it may be refused
     devices = distributed.join(args)
     data = Data(args, devices[0], saved)
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved or init)
     if args.evaluate:
         predictions = Predictions(data) if args.predictions else None
-        scores = validate(model, data, devices, Stop(), predictions)
+        scores = validate(model, data, devices, Stop(), predictions)  # not in a with: a signal ends it at once
         print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
         if predictions:
             predictions.report(args.predictions)
@@ -133,31 +133,30 @@ def main(argv: list[str]) -> int:
         except Stopped as stopped:  # by a signal
             folder.save(run.checkpoint(), run.log)
             distributed.leave()
-            return folder.describe_stop(
-                stopped.number, f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"
-            )
+            place = f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"
+            return folder.describe_stop(stopped.number, place)
         distributed.leave()
         return folder.describe_end(run.best_acc, args.demo)
 
 
-def create_model(args: argparse.Namespace, classes: list[str], saved: dict | None) -> nn.Module:
-    """The network with the weights to begin with, on the CPU."""
-    pretrained = args.pretrained and saved is None
+def create_model(args: argparse.Namespace, classes: list[str], source: dict | None) -> nn.Module:
+    """The network on the CPU with its first weights: of the checkpoint ``source``, torchvision's, or random ones."""
+    pretrained = args.pretrained and source is None
     torch.manual_seed(args.seed)
     with options.refusing_network(args):
         if pretrained and args.evaluate:
             models.check_pretrained_classes(args.arch, len(classes))
         model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **options.settings(args))
     if args.init:
-        checkpoint.initialize(model, saved, classes, models.find_classifier(model)[0])
-    elif saved:
-        checkpoint.load_weights(model, saved)
+        checkpoint.initialize(model, source, classes, models.find_classifier(model)[0])
+    elif source:
+        checkpoint.load_weights(model, source)
     return model
 
 
-def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device], saved: dict | None) -> nn.Module:
-    """The same, checked to take the images, on the first device."""
-    model = create_model(args, data.classes, saved)
+def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device], source: dict | None) -> nn.Module:
+    """That network on the first device, once it is sure to take images of this size."""
+    model = create_model(args, data.classes, source)
     with options.refusing_network(args):
         models.check_input(model, distributed.smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
     if args.sync_bn and distributed.PROCESSES > 1:
@@ -168,7 +167,7 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
 
 
 class Run:
-    """Everything that a checkpoint holds, and so everything that a run goes on from."""
+    """What a checkpoint holds, and a resumed run goes on from."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, data: Data, devices: list[torch.device]):
         self.args, self.model, self.data, self.devices = args, model, data, devices
@@ -182,11 +181,11 @@ class Run:
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
-        self.epoch, self.step = args.start_epoch, 0  # finished epochs, and optimizer steps of the one after them
+        self.epoch, self.step = args.start_epoch, 0  # finished epochs, and steps of the next; after them, it validates
         self.acc = self.best_acc = -1.0  # validation top-1 in percent; -1 before the first one
         self.scores = Scores()  # of the unfinished epoch
         self.unread = deque()  # what the last steps measured, and is not in the scores yet
-        self.is_stopping = False  # whether a signal came to any of the processes
+        self.is_stopping = False  # whether any process had a signal at the last step that was read
 
     def read(self, behind: int = 0) -> None:
         """Add to the scores what the steps measured, but for so many of the last ones.
@@ -232,7 +231,7 @@ class Run:
         self.acc, self.best_acc = saved["acc"], saved["best_acc"]
         self.scores, self.log.rows = Scores(saved["sums"]), saved["log"]
         checkpoint.load_optimizer(self.optimizer, saved)
-        checkpoint.load_random_state(self.scaler, saved)
+        checkpoint.load_scaler_and_random_state(self.scaler, saved)
         print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
 
 
@@ -241,18 +240,18 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
     args = run.args
     while run.epoch < args.epochs:
         label = f"Epoch {run.epoch + 1}/{args.epochs}"
-        lr = learning_rate(args, run.epoch, 0, run.data.steps)
+        first_lr = learning_rate(args, run.epoch, 0, run.data.steps)
         train_epoch(run, folder, stop, label)
         valid = validate(run.model, run.data, run.devices, stop)
         if not math.isfinite(valid.loss):
-            raise NotFinite(f"{label}, begun at learning rate {lr:g}: the validation loss is {valid.loss}")
+            raise NotFinite(f"{label}, begun at learning rate {first_lr:g}: the validation loss is {valid.loss}")
         trained, run.scores = run.scores, Scores()
         run.epoch, run.step = run.epoch + 1, 0
         is_best = valid.top1 > run.best_acc
         run.acc, run.best_acc = valid.top1, max(valid.top1, run.best_acc)
-        took = run.log.append(lr, trained, valid, run.epoch)
+        took = run.log.append(first_lr, trained, valid, run.epoch)
         folder.save(run.checkpoint(), run.log, is_best, is_kept=args.keep_freq > 0 and run.epoch % args.keep_freq == 0)
-        print(f"{label}  lr {lr:.4g}  train {trained}  valid {valid} {valid.describe_images()}  {took}")
+        print(f"{label}  lr {first_lr:.4g}  train {trained}  valid {valid} {valid.describe_images()}  {took}")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int, step: int, steps: int) -> float:
@@ -287,7 +286,7 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
 def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     """One optimizer step over ``iter_size`` micro-batches; raises as :meth:`Run.read` does."""
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
-    # The weights are excited here, once for all micro-batches.
+    # The weights are excited here, once for all micro-batches. A signal that ends the wait for one raises Stopped.
     with checkpoint.undone_if_stopped(run.model, args.iter_size), excited_once(network):
         for index, batch in enumerate(micro_batches, 1):
             # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
@@ -299,11 +298,11 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     # Max norm: a sum of squares can overflow although every gradient is finite.
     norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], math.inf)
     scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
-    state = torch.stack([norm, scale, stopping]).double() / distributed.PROCESSES  # their means, once added up
-    values = distributed.total(torch.cat([sums, state]))
+    others = torch.stack([norm, scale, stopping]).double() / distributed.PROCESSES  # so that a total is their mean
+    values = distributed.total(torch.cat([sums, others]))
     run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
-    run.read(behind=1 if values.is_cuda else 0)  # a GPU does this step meanwhile, and won't wait for the next one
-    # The device itself skips a step that is not finite: this is how a gradient scaler tells a fused optimizer.
+    run.read(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
+    # The device itself skips a step whose loss or norm is not finite, as a gradient scaler tells a fused optimizer.
     run.optimizer.grad_scale, run.optimizer.found_inf = None, (~(values[0] + values[5]).isfinite()).float()
     run.optimizer.step()
     scaler.update()
@@ -332,7 +331,7 @@ def validate(
         if len(batch.images) > 0:
             _, batch_sum, logits = classify(network, batch, devices[0])
             sums[:5] += batch_sum
-            shown.sums = reading.read() if reading else shown.sums  # those before, as a GPU may still be at these
+            shown.sums = reading.read() if reading else shown.sums  # a batch late, as above
             reading = Reading(sums)
             if predictions:
                 predictions.add(batch, logits)

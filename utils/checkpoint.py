@@ -361,7 +361,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
 
 
-def load_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
+def load_scaler_and_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
     """Restore what training goes on with besides weights and optimizer: gradient scaler and random generators.
 
     Raises:

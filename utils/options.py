@@ -66,6 +66,9 @@ def resolve(
         options = of_checkpoint(parser, init, "--init")
         run = {name: options[name] for name in ("arch", *NETWORK) if name in options}
     args = argparse.Namespace(**defaults | demo | run | given)
+    size = init["options"].get("image_size") if init else None
+    if size not in (None, args.image_size):
+        print(f"{init['file']} was trained at --image-size {size}, and this run takes {args.image_size}")
     args.checkpoint = folder_of(vars(args))
     if args.excitation is None and args.arch in excited:
         args.excitation = "we"

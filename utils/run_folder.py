@@ -155,7 +155,7 @@ class RunFolder:
         print(f"Best top-1 {best_acc:.2f} %{f': {best}' if best.exists() else ''}; curves: {self.folder / CURVES}")
         if is_demo:
             plain = ["--demo", "--excitation", "none", "--no-standardize", "-c", "checkpoints/demo-plain"]
-            print("A plain network in as many steps (the README says what others found):")
+            print("A plain network, for comparison; the README says what both reached:")
             print(f"  {distributed.command(plain)}")
             print("Your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
             print(f"  {distributed.command(['-a', 'l_resnet50', '--data', 'DIR'])}")

@@ -309,7 +309,7 @@ def restore(file: Path) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     checkpoint.load_weights(model, saved)
     checkpoint.load_optimizer(optimizer, saved)
-    checkpoint.load_random_state(torch.amp.GradScaler("cpu", enabled=False), saved)
+    checkpoint.load_scaler_and_random_state(torch.amp.GradScaler("cpu", enabled=False), saved)
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     return saved | {"state_dict": dict(model.state_dict()), "optimizer": momenta, "file": ""}
 
@@ -454,7 +454,7 @@ def test_a_scaler_that_is_none(tmp_path):
     for change in ({"scale": "a"}, {"scale": float("nan")}, {"growth_factor": None}, {"more": 1.0}):
         saved = tiny_checkpoint() | {"scaler": scaler.state_dict() | change, "file": tmp_path, "missing": []}
         with pytest.raises(BadInput, match="damaged"):
-            checkpoint.load_random_state(scaler, saved)
+            checkpoint.load_scaler_and_random_state(scaler, saved)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
