@@ -24,6 +24,7 @@ Loaded, it also has its ``file``. What another trainer's file lacks is filled in
 
 import contextlib
 import io
+import json
 import math
 import os
 import platform
@@ -134,9 +135,9 @@ def load(file: Path) -> dict:
         checkpoint["missing"] = []
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        for value in state.values():
+        for name, value in state.items():
             if isinstance(value, Opaque):
-                raise needs_code(file, value.name)
+                raise needs_code(file, value.name, f"[{json.dumps(name)}]")
         raise BadInput(f"{file} holds no weights: give another file")
     for name, value in state.items():
         if not _is_finite(value):
