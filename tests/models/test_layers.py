@@ -14,42 +14,16 @@ import torchvision
 from torch import nn
 
 from models import layers
-from models.excitation import ChannelGate, LocationGate, activation_map
 from models.imagenet.resnet import BasicBlock, ResNet
-from models.layers import FORMULATIONS, KINDS, Conv2d, excite, excited_once, fold, is_depthwise
+from models.layers import FORMULATIONS, KINDS, Conv2d, excite, excited_once, fold
 
 BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
-
-
-def test_the_formulation_table():
-    for formulation, excitation, gate, mapped in (
-        ("channel", "we", ChannelGate, True),
-        ("channel", "mwe", ChannelGate, False),
-        ("channel", "lwe", type(None), True),
-        ("paper", "we", LocationGate, True),
-        ("paper", "mwe", type(None), True),
-        ("paper", "lwe", LocationGate, False),
-        ("paper", "none", type(None), False),
-    ):
-        conv = Conv2d(4, 8, 3, excitation=excitation, formulation=formulation)
-        assert type(conv.gate) is gate
-        assert conv.steps.mapped is mapped
 
 
 @pytest.mark.parametrize("wrong", [{"excitation": "all"}, {"formulation": "mine"}])
 def test_unknown_names_are_refused(wrong):
     with pytest.raises(ValueError, match="is none of"):
         Conv2d(4, 8, 3, **wrong)
-
-
-@BOTH
-@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
-def test_forward_convolves_with_the_excited_weight(formulation, padding_mode):
-    conv = Conv2d(4, 8, 3, stride=2, padding=1, padding_mode=padding_mode, formulation=formulation)
-    plain = nn.Conv2d(4, 8, 3, stride=2, padding=1, padding_mode=padding_mode)
-    plain.load_state_dict({"weight": conv.excited_weight(), "bias": conv.bias})
-    x = torch.randn(2, 4, 9, 9)
-    assert torch.equal(conv(x), plain(x))
 
 
 @BOTH
@@ -68,22 +42,9 @@ def test_excitation_is_float32_under_autocast_and_in_half(formulation):
 def test_depthwise_is_left_plain():
     conv = Conv2d(8, 16, 3, groups=8)
     assert conv.gate is None
-    assert conv.excited_weight() is not None
     assert torch.equal(conv.excited_weight(), conv.weight)
-    assert is_depthwise(conv)
     network = excite(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)), select=lambda *_: True)
     assert [type(layer) is nn.Conv2d for layer in network] == [True, False]
-
-
-def test_excite_keeps_the_parameters_and_the_places():
-    network = nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(3, 8, 3, bias=False)), "b": nn.Conv2d(3, 4, 1)})
-    network["c"] = network["b"]
-    before = dict(network.named_parameters())
-    assert excite(network, "none", select=lambda *_: True) is network
-    after = dict(network.named_parameters())
-    assert all(after[name] is parameter for name, parameter in before.items())
-    assert network["c"] is network["b"]
-    assert isinstance(excite(nn.Conv2d(3, 4, 3)), Conv2d)
 
 
 @BOTH
@@ -104,25 +65,31 @@ def test_fold_gives_the_same_outputs_from_plain_layers(formulation):
 
 @BOTH
 def test_dataparallel_replicas_apply_both_halves(formulation, monkeypatch):
-    """What DataParallel does to a module on several GPUs, with copies on the CPU in place of broadcasts."""
-    torch.manual_seed(0)
-    conv = Conv2d(4, 8, 3, formulation=formulation)
+    """What DataParallel does to a module on several GPUs, with copies on the CPU in place of broadcasts.
+
+    Outside of a block they excite by themselves; in it, nobody excites again.
+    """
 
     def broadcast(tensors, devices, detach=False):
         return [[tensor.clone() for tensor in tensors] for _ in devices]
 
     replication = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", broadcast)
-    x = torch.randn(2, 4, 5, 5)
-    for replica in replication.replicate(conv, [0, 1]):
-        assert not list(replica.parameters())  # replicas hold plain tensors
-        assert torch.equal(replica(x), conv(x))
-    replica(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in conv.parameters())
-
-
-def test_the_map_is_one_function_for_both():
-    assert FORMULATIONS["channel"]["lwe"] is FORMULATIONS["paper"]["mwe"] is activation_map
+    torch.manual_seed(0)
+    conv, x, gradients = Conv2d(4, 8, 3, formulation=formulation), torch.randn(2, 4, 5, 5), []
+    expected = conv(x)
+    for context in (contextlib.nullcontext, excited_once):
+        conv.zero_grad()
+        with context(conv), monkeypatch.context() as patch:
+            if context is excited_once:
+                patch.setattr("models.fused.excite_weight", None)
+            outputs = [
+                replica(part) for replica, part in zip(replication.replicate(conv, [0, 1]), x.split(1), strict=True)
+            ]
+            torch.testing.assert_close(torch.cat(outputs), expected)
+            sum(output.sum() for output in outputs).backward()
+        gradients.append([parameter.grad.clone() for parameter in conv.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
 @BOTH
@@ -164,80 +131,6 @@ def test_a_compiled_network_has_the_same_gradients(formulation):
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
-
-
-@BOTH
-def test_inside_excited_once_replicas_have_finished_weights(formulation, monkeypatch):
-    torch.manual_seed(0)
-    conv = Conv2d(4, 8, 3, formulation=formulation)
-    expected = conv.excited_weight().detach()
-
-    def broadcast(tensors, devices, detach=False):
-        return [[tensor.clone() for tensor in tensors] for _ in devices]
-
-    replication = importlib.import_module("torch.nn.parallel.replicate")
-    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", broadcast)
-    x = torch.randn(2, 4, 5, 5)
-    conv(x).sum().backward()
-    gradients = [parameter.grad.clone() for parameter in conv.parameters()]
-    conv.zero_grad()
-    with excited_once(conv):
-        assert torch.equal(conv.excited, expected)
-        monkeypatch.setattr("models.fused.excite_weight", None)  # nobody excites again
-        replicas = replication.replicate(conv, [0, 1])
-        (replicas[0](x[:1]).sum() + replicas[1](x[1:]).sum()).backward()
-        assert conv.gate.fc1.weight.grad is None
-    for parameter, gradient in zip(conv.parameters(), gradients, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
-
-
-def test_an_exception_in_excited_once_leaves_the_model_as_it_was():
-    model = nn.Sequential(Conv2d(4, 8, 3), nn.Conv2d(8, 2, 1))
-    before = dict(model.named_parameters())
-    values = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="in the block"), excited_once(model):
-        model(torch.randn(1, 4, 5, 5)).sum().backward()
-        raise RuntimeError("in the block")
-    assert all(parameter is before[name] for name, parameter in model.named_parameters())
-    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
-    assert model[0].weight.grad is None
-    assert model[0].excited is None
-
-
-@BOTH
-def test_a_weight_in_two_layers_is_excited_for_each(formulation):
-    torch.manual_seed(0)
-    model = nn.Sequential(Conv2d(4, 4, 3, formulation=formulation), Conv2d(4, 4, 3, formulation=formulation)).double()
-    model[1].weight = model[0].weight
-    images = torch.randn(2, 4, 9, 9, dtype=torch.float64)
-    gradients = []
-    for context in (contextlib.nullcontext, excited_once, excited_once):
-        model.zero_grad()
-        with context(model):
-            model(images).square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for each, once, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(once, each, rtol=1e-12, atol=1e-14)
-        assert torch.equal(once, again)
-
-
-def test_excited_once_in_itself_and_after_inference_mode():
-    model = Conv2d(4, 8, 3)
-    with torch.inference_mode(), excited_once(model):
-        expected = model(torch.ones(1, 4, 5, 5)).clone()
-    with excited_once(model):
-        with excited_once(model):
-            model(torch.ones(1, 4, 5, 5)).sum().backward()
-        assert torch.equal(model(torch.ones(1, 4, 5, 5)), expected)
-    assert model.gate.fc1.weight.grad is not None
-
-
-def test_excited_once_with_frozen_weights():
-    model = Conv2d(4, 8, 3)
-    model.requires_grad_(False)
-    with excited_once(model):
-        assert torch.equal(model(torch.zeros(1, 4, 5, 5)), model(torch.zeros(1, 4, 5, 5)))
-    assert model.weight.grad is None
 
 
 @BOTH
