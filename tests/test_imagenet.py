@@ -1,16 +1,11 @@
 """The command line, as a user meets it: training, evaluating, exporting, and every refusal."""
 
-import contextlib
 import math
 import multiprocessing
 import os
-import pty
-import re
 import shlex
 import shutil
 import signal
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -28,7 +23,6 @@ from tests.helpers import (
     assert_same_run,
     checkpoint,
     contents,
-    run_command,
     started,
 )
 from utils.checkpoint import BEST, LAST, PREVIOUS
@@ -59,7 +53,7 @@ def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
         f"{run}/{BEST}",
     ):
         assert text in first.out
-    assert not {"\r", "\x1b", "suggested"} & {*first.out, *first.out.split()}
+    assert not {"\r", "\x1b"} & {*first.out}
     kept = "checkpoint.epoch2.pth.tar"
     before = contents(run)
     assert before.keys() == {".lock", PREVIOUS, LAST, kept, "command.txt", "log.png", "log.txt", BEST}
@@ -107,45 +101,7 @@ def test_micro_batches_in_float64(command, images, tmp_path, formulation):
         assert row == pytest.approx(same, rel=1e-5)
 
 
-def test_torchvision_with_excitation_and_batch_norm(command, images, tmp_path):
-    words = [*SMALL, "-d", images, "--epochs", 1, "--excitation", "we"]
-    channel = command(*words, "-c", tmp_path / "channel")
-    assert channel.status == 0
-    assert channel.out.count("BatchNorm cancels") == 1
-    assert "suggested: 0.1 x 4 / 256 = 0.0016" in channel.out
-    paper = command(*words, "--formulation", "paper", "-c", tmp_path / "paper")
-    assert paper.status == 0
-    assert "BatchNorm cancels" not in paper.out
-    assert "LWE (location gate)" in paper.out
-
-
-def test_a_bar_on_a_terminal(images, tmp_path, monkeypatch):
-    ours, terminal = pty.openpty()
-    shown = []
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # the end of a terminal, on Linux
-            while data := os.read(ours, 4096):
-                shown.append(data)
-
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    with open(terminal, "w") as stream:  # noqa: PTH123
-        monkeypatch.setattr(sys, "stdout", stream)
-        assert run_command(*EXCITED, "-d", images, "--epochs", 1, "-c", tmp_path / "run") == 0
-    reader.join(PATIENCE)
-    os.close(ours)
-    states = b"".join(shown).decode().split("\r")
-    assert any(re.search(r"Epoch 1/1 \|.*\| 3/3 .*top-1", state) for state in states), states
-
-
-def test_help_and_a_refusal_as_a_process(command, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        command("--help")
-    assert exit.value.code == 0
-    out = capsys.readouterr().out
-    for text in ("data:", "network:", "optimization:", "run:", "devices:", "--train-batch N", "[256]", "--wd X"):
-        assert text in out
+def test_a_refusal_as_a_process(tmp_path):
     with started("-d", tmp_path / "nowhere", program=("imagenet.py",)) as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out.count("\n")) == (2, 1)
@@ -304,36 +260,23 @@ def test_bad_checkpoints(command, finished, tmp_path, monkeypatch):
     file, saved, whole = tmp_path / "bad.pth.tar", checkpoint(finished), (finished / LAST).read_bytes()
     weights, options, place = saved["state_dict"], saved["options"], len(whole) // 2
     flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
-    bad = [(b"no checkpoint", file), (b"", file), (whole[:place], file), (flipped, "damaged")]
-    bad += [(saved | {"code": os.getcwd}, "code"), ([1, 2], "list")]
-    bad += [
+    for content, text in (
+        (b"", "empty"),
+        (flipped, "damaged"),
+        (saved | {"code": os.getcwd}, "code"),
         (saved | {"format": 99}, "format 99"),
-        ({"epoch": 3}, "no weights"),
-        (saved | {"state_dict": {}}, "weights"),
-    ]
-    for key in ("epoch", "sums", "best_acc", "options", "classes"):
-        bad += [(saved | {key: value}, key) for value in (None, -5, math.nan, ["a"])]
-    for key, value in (("train_batch", "many"), ("workers", 1.0), ("lr", [0.1]), ("schedule", ["--help"])):
-        bad.append((saved | {"options": options | {key: value}}, "options"))
-    for key, value in (("data", "a\0b"), ("image_size", 10**30), ("checkpoint", "evil"), ("help", True), (3, True)):
-        bad.append((saved | {"options": options | {key: value}}, "options"))
-    for tensor in (torch.zeros(3), torch.zeros(2).to_sparse(), torch.full((2,), math.nan), torch.zeros(2).int()):
-        bad.append((saved | {"state_dict": weights | {"fc.bias": tensor}}, "fc.bias"))
-    for name in ("fc.bias", "conv1.weight"):
-        bad.append((saved | {"state_dict": {key: weights[key] for key in weights if key != name}}, name))
-    bad.append((saved | {"arch": "resnet18"}, "options"))
-    momentum = saved["optimizer"] | {"state": {0: {"momentum_buffer": torch.zeros(1)}}}
-    training = [
-        (saved | {"optimizer": momentum}, "optimizer"),
-        (saved | {"step": 99}, file),
-        (saved | {"rng": {}}, file),
-    ]
-    for content, text in bad + training:
+        (saved | {"epoch": -5}, "epoch"),
+        (saved | {"options": options | {"image_size": 10**30}}, "options"),
+        (saved | {"options": options | {"schedule": ["--help"]}}, "options"),
+        (saved | {"arch": "resnet18"}, "options"),
+        (saved | {"state_dict": weights | {"fc.bias": torch.full((2,), math.nan)}}, "fc.bias"),
+        (saved | {"state_dict": weights | {"fc.bias": torch.zeros(3)}}, "fc.bias"),
+        (saved | {"step": 99}, "in the middle of an epoch"),
+        (saved | {"rng": {}}, "random state"),
+        (saved | {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1)}}}}, "optimizer"),
+    ):
         file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
         assert_refused(command("--resume", file, "--epochs", 3), file, text)
-    for content, text in bad[:4]:
-        file.write_bytes(content)
-        assert_refused(command("-e", "--resume", file), file, text)
     assert os.listdir(tmp_path) == ["bad.pth.tar"]
 
 
@@ -368,11 +311,7 @@ def test_an_image_that_can_not_be_decoded_is_named(command, images, tmp_path, wo
 
 def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after):
     folder = shutil.copytree(images, tmp_path / "images")
-    bad = [
-        folder / "train" / "ring" / "1.jpg",
-        folder / "train" / "target" / "2.jpg",
-        folder / "val" / "target" / "0.jpg",
-    ]
+    bad = [folder / name for name in ("train/ring/1.jpg", "train/target/2.jpg", "val/target/0.jpg")]
     for path in bad:
         path.write_bytes(b"damaged")
     words = [*EXCITED, "-d", folder, "--epochs", 2, "--skip-bad-images"]
@@ -387,35 +326,6 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
     assert command(*words, "-c", tmp_path / "two", "-j", 2).status == 128 + signal.SIGTERM
     assert command("--resume", tmp_path / "two").status == 0
     assert_same_run(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize("skip", ["--skip-bad-images", "--no-skip-bad-images"])
-@pytest.mark.parametrize("workers, split", [(0, "val"), (2, "train")])
-def test_an_image_that_is_gone_ends_the_run(command, images, tmp_path, workers, split, skip):
-    gone = shutil.copytree(images, tmp_path / "images") / split / "target" / "1.jpg"
-    gone.unlink()
-    gone.symlink_to(tmp_path / "nowhere")
-    words = [*EXCITED, "-d", tmp_path / "images", "-c", tmp_path / "run", "-j", workers, "--epochs", 2, skip]
-    result = command(*words)
-    assert result.status == 1
-    assert result.err.startswith(f"imagenet.py: can't read the image {gone}: it is a link to nothing; mend that")
-    assert result.err.count("\n") == 1
-
-
-def test_what_is_told_of_the_folders(command, images, tmp_path):
-    for number in range(12):
-        shutil.copytree(images / "val" / "ring", tmp_path / "val" / str(number) / "more")
-    (tmp_path / "val" / "0" / "labels.csv").touch()
-    torch.save(models.create("l_tiny", num_classes=12, excitation="none").state_dict(), tmp_path / "weights.pth")
-    words = ["-e", "--resume", tmp_path / "weights.pth", "--excitation", "none"]
-    out = command(*EXCITED, *words, "-d", tmp_path).out
-    for text in (
-        "Images: 36 in val, 12 classes",
-        f": 1, such as {tmp_path}/val/0/labels.csv",
-        "11 before 2",
-        "over 36 images",
-    ):
-        assert text in out
 
 
 def test_a_killed_worker_ends_the_run(command, images, tmp_path, monkeypatch):
