@@ -2,7 +2,6 @@
 
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,22 +67,6 @@ def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
     assert_failed(ended, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", ["512k", "5m"])
-def test_a_small_dev_shm(images, tmp_path, size):
-    namespace = ["unshare", "--map-root-user", "--mount"]
-    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
-    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
-    program = [sys.executable, "-m", "tests.helpers", *EXCITED, "-d", images, "-c", tmp_path, "-j", 1]
-    words = ["--image-size", 1000, "--train-batch", 8]
-    argv = [*namespace, "bash", "-c", mount, "bash", *program, *words]
-    ended = subprocess.run([*map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert ended.returncode == 1
-    assert "/dev/shm has " in ended.stdout
-    assert_failed(ended, "can't hand over a batch", "No space left on device", "--shm-size")
-
-
 def test_less_shared_memory_than_the_workers_may_hold(monkeypatch, capsys):
     args = Namespace(workers=4, evaluate=False, train_batch=256, test_batch=200, image_size=224)
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
@@ -112,12 +95,6 @@ def test_a_notebooks_backend_that_is_not_here(images, finished, tmp_path):
 
 
 # --- daemons
-
-
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
-def test_closed_streams(closed):
-    code = "import sys, os, utils.start; print(1); print(1, file=sys.stderr); sys.exit(os.open(os.devnull, 0))"
-    assert run_process("-c", code, before=lambda: [os.close(number) for number in closed]).returncode == 3
 
 
 def test_a_run_without_streams(images, tmp_path):

@@ -11,7 +11,6 @@ from tests.helpers import tiny_checkpoint
 from tests.utils.forks import in_a_process
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize
 from utils.errors import BadInput, RunFailed
-from utils.files import write_atomically
 from utils.logger import CURVES, LOG, Logger
 from utils.meters import Scores
 from utils.run_folder import COMMAND, LOCK, RunFolder
@@ -88,21 +87,6 @@ def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
     assert at > 20
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_one_that_does_not_the_one_before(tmp_path, monkeypatch):
-    (tmp_path / "usual").write_text("")
-    for contents in (b"1", b"2", b"3"):
-        write_atomically(tmp_path / "file", contents, tmp_path / "previous")
-    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "file", b"4")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
-        "file": b"3",
-        "previous": b"2",
-        "usual": b"",
-    }
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
 def test_what_a_save_writes(tmp_path):
     log = Logger("title")
     for name in (f".{LAST}.abc", f".{LOG}.x", f".{COMMAND}.y", ".checkpoint.epoch3.pth.tar.z"):
@@ -144,14 +128,6 @@ def test_what_could_not_be_written_is_told_and_written_by_the_next_save(tmp_path
         assert (run.describe_end(50.0, is_demo=False), run.describe_stop(15, "epoch 1")) == (0, 143)
     assert epochs(tmp_path, BEST, LAST) == [1, 2]
     assert (tmp_path / LOG).read_bytes() == b"1"
-
-
-def test_a_file_system_without_hard_links(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(OSError(errno.EPERM, "Not permitted")))
-    with RunFolder(tmp_path) as run:
-        assert save(run, 1) and save(run, 2)
-    assert epochs(tmp_path, LAST) == [2]
-    assert not (tmp_path / PREVIOUS).exists()
 
 
 def test_one_process_holds_the_folder(tmp_path):
