@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 import torch
-import torchvision
 
-from tests.helpers import EXCITED, SIZES, SMALL, checkpoint, draw_folder
+from tests.helpers import EXCITED, SIZES, checkpoint, draw_folder
 from utils.checkpoint import BEST
 from utils.logger import read_log
 
@@ -40,19 +39,6 @@ def test_an_export_begins_a_training_as_the_run_ended(command, finished, images,
     assert "anew" not in result.out
     row, old = read_log(tmp_path / "new" / "log.txt")[0], read_log(finished / "log.txt")[-1]
     assert row["Valid Loss"] == pytest.approx(old["Valid Loss"], rel=1e-4)
-
-
-def test_torchvisions_weights_begin_an_excited_training(command, images, tmp_path):
-    theirs = torchvision.models.shufflenet_v2_x0_5().half().state_dict()
-    torch.save({"model": theirs}, tmp_path / "file")
-    words = ["--excitation", "we", "--formulation", "paper", "--epochs", 1, "--lr", 0]
-    result = command(*SMALL, *words, "-d", images, "--init", tmp_path / "file", "-c", tmp_path / "new")
-    assert result.status == 0
-    assert "The classifier fc is made anew" in result.out
-    assert "The gates are made anew" in result.out
-    ours = checkpoint(tmp_path / "new")["state_dict"]
-    assert torch.equal(ours["conv5.0.weight"], theirs["conv5.0.weight"].float())
-    assert ours["fc.weight"].shape == (2, 1024)
 
 
 REFUSED = {

@@ -28,18 +28,6 @@ from utils.distributed import shortest
 from utils.errors import BadInput, RunFailed
 from utils.reading import read
 
-
-def test_bare_weights_and_a_file_of_an_old_torch(tmp_path):
-    state = nn.Linear(2, 3).state_dict()
-    prefixed = {"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}
-    for contents, epoch in ((state, 0), (prefixed, 3)):
-        torch.save(contents, tmp_path / "file", _use_new_zipfile_serialization=contents is state)
-        saved = load(tmp_path / "file")
-        assert saved.keys() == {*tiny_checkpoint(), "versions", "missing", "file"}
-        assert (saved["epoch"], saved["optimizer"], "optimizer" in saved["missing"]) == (epoch, {"state": {}}, True)
-        assert equal(saved["state_dict"], dict(state))
-
-
 # --- files of other trainers, tools and times
 
 
@@ -96,15 +84,11 @@ WRITERS = {
         {"model": model.state_dict(), "epoch": 4, "args": argparse.Namespace(lr=0.1), "lr_scheduler": {}}, file
     ),
     "timm": save_by_timm,
-    "DataParallel": lambda model, file: torch.save({"state_dict": nn.DataParallel(model).state_dict()}, file),
-    "compile": lambda model, file: torch.save(torch.compile(model).state_dict(), file),
     "both": lambda model, file: torch.save(nn.DataParallel(torch.compile(nn.DataParallel(model))).state_dict(), file),
     "torch 0.3": lambda model, file: save_by_torch_0_3({"state_dict": without_counters(model.state_dict())}, file),
     "no counters": lambda model, file: torch.save(without_counters(model.state_dict()), file),
     "safetensors": lambda model, file: safetensors.torch.save_file(model.state_dict(), file),
-    "half": lambda model, file: torch.save(model.half().state_dict(), file),
     "bfloat16": lambda model, file: torch.save(model.bfloat16().state_dict(), file),
-    "float64": lambda model, file: torch.save(model.double().state_dict(), file),
     "other classes": lambda model, file: torch.save(
         {
             "state_dict": model.state_dict(),
