@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,19 +20,3 @@ def test_it_is_an_image_folder_and_the_same_each_time_or_not_there(tmp_path, mon
     with pytest.raises(ZeroDivisionError):
         demo.draw_demo(tmp_path / "data" / "c")
     assert sorted(os.listdir(tmp_path / "data")) == ["a", "b"]
-
-
-def test_colours_alone_tell_little():
-    """The class of the nearest colour histogram is right hardly more often than by chance."""
-
-    def histograms(split: int) -> np.ndarray:
-        found = []
-        for label, name in enumerate(demo.CLASSES):
-            for index in range(30):
-                image = demo.draw(name, np.random.default_rng([split, label, index]))
-                counts, _ = np.histogramdd(np.asarray(image).reshape(-1, 3), bins=4, range=[(0, 256)] * 3)
-                found.append(counts.ravel() / counts.sum())
-        return np.array(found)
-
-    distance = np.abs(histograms(1)[:, None] - histograms(0)[None]).sum(2)
-    assert (distance.argmin(1) // 30 == np.arange(300) // 30).mean() < 0.25

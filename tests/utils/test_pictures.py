@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from utils.pictures import SAMPLE, draw_filters, draw_gates, draw_weights, sample, tile
+from utils.pictures import draw_filters, draw_gates, draw_weights, tile
 
 
 def layer(name: str, gate: bool = True, mapped: bool = True) -> SimpleNamespace:
@@ -63,10 +63,3 @@ def test_filters():
     assert np.array_equal(picture[7:12, 6:10], weight[9].transpose(1, 2, 0))
     figure = draw_filters(weight - 0.5, np.zeros_like(weight), "title")
     assert figure.axes[0].get_title().startswith("raw: black -0.5, gray 0, white 0.5")
-
-
-def test_a_sample_stands_for_all():
-    gates = np.tile(np.arange(512.0), (512, 1))  # a constant for each channel
-    assert np.array_equal(2 * sample(gates), sample(2 * gates))
-    assert (len(sample(gates)), len(np.unique(sample(gates))) > 500) == (SAMPLE, True)
-    assert sample(gates).mean() == pytest.approx(gates.mean(), abs=10)  # 4.4 standard errors
