@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -193,17 +192,6 @@ def test_a_failure_of_one_ends_all(images, tmp_path, rank):
         wait_for(lambda: not left(tmp_path))
 
 
-def test_an_image_that_one_process_can_not_decode(images, tmp_path):
-    folder = shutil.copytree(images, tmp_path / "images")
-    (folder / "train" / "ring" / "3.jpg").write_bytes(b"")
-    with torchrun(2, "as-it-is", *EXCITED, "-d", folder, "--epochs", 2, "-c", tmp_path / "run") as process:
-        ended = finish(process)
-        assert ended.status == 1
-        (line,) = ended.ours
-        assert "can't decode the image" in line
-        wait_for(lambda: not left(tmp_path / "run"))
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_torchrun_itself_is_killed(command, images, tmp_path, processes):
     with training(processes, images, tmp_path, "-j", 2) as process:
@@ -217,30 +205,11 @@ def test_torchrun_itself_is_killed(command, images, tmp_path, processes):
     assert command("--resume", tmp_path, "--epochs", saved["epoch"] + 1).status == 0
 
 
-def machines(count: int = 2) -> list[tuple]:
-    """The options of torchrun on each of so many machines, all of which are this one."""
+def test_two_machines_of_which_one_is_lost(command, images, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = ("--master-addr=127.0.0.1", f"--master-port={free.getsockname()[1]}")
-    return [(f"--nnodes={count}", f"--node-rank={rank}", *place) for rank in range(count)]
-
-
-def test_machines_with_different_options_are_refused(images, tmp_path):
-    with contextlib.ExitStack() as stack:
-        words = [*EXCITED, "-d", images, "--weight-decay"]
-        launchers = [
-            stack.enter_context(torchrun(1, "as-it-is", *words, 0.1 * rank, "-c", tmp_path / "run", options=options))
-            for rank, options in enumerate(machines())
-        ]
-        ended = [finish(launcher) for launcher in launchers]
-    assert all(each.status == 1 for each in ended)
-    (line,) = [line for each in ended for line in each.ours]
-    assert "different options" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_two_machines_of_which_one_is_lost(command, images, tmp_path):
-    first, second = machines()
+    first, second = (("--nnodes=2", f"--node-rank={rank}", *place) for rank in range(2))
     words = [*EXCITED, "-d", images, "--epochs", 100_000, "-c", tmp_path]
     with torchrun(1, "as-it-is", *words, options=second) as lost, training(1, images, tmp_path, options=first) as other:
         for pid in {lost.pid, *of_session(lost.pid)}:
