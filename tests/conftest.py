@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from models.layers import FORMULATIONS
 from tests.helpers import EXCITED, draw_folder, register_tiny, run_command
 from utils.signals import ENDING, Stop
 
@@ -31,6 +32,12 @@ def surroundings() -> Iterator[None]:
         yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(params=FORMULATIONS)
+def formulation(request) -> str:
+    """Each of them."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

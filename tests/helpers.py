@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,6 +40,17 @@ def register_tiny() -> None:
 def run_command(*words) -> int:
     """Run imagenet.py with these words, in this process; returns the exit status."""
     return command.run(imagenet.main, [str(word) for word in words], "imagenet.py")
+
+
+def assert_fails(ended: SimpleNamespace, status: int, *texts) -> None:
+    """With this exit status, and by one line on standard error that has these texts."""
+    assert (ended.status, ended.err.count("\n")) == (status, 1), ended.err
+    assert ended.err.startswith("imagenet.py: ")
+    assert all(str(text) in ended.err for text in texts), ended.err
+
+
+def assert_refused(ended: SimpleNamespace, *texts) -> None:
+    assert_fails(ended, 2, *texts)
 
 
 def draw_folder(folder: Path, splits: dict[str, int], classes: tuple[str, ...] = ("ring", "target")) -> Path:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.helpers import EXCITED, SIZES, checkpoint, draw_folder
+from tests.helpers import EXCITED, SIZES, assert_refused, checkpoint, draw_folder
 from utils.checkpoint import BEST
 from utils.logger import read_log
 
@@ -55,10 +55,7 @@ REFUSED = {
 @pytest.mark.parametrize("words", REFUSED)
 def test_what_goes_without_weights_to_begin_with(command, finished, images, tmp_path, words):
     result = command(*SIZES, "-d", images, "-c", tmp_path / "new", "--init", finished, *words.split())
-    assert result.status == 2
-    assert result.err.startswith("imagenet.py: --init: ")
-    assert result.err.count("\n") == 1
-    assert REFUSED[words] in result.err
+    assert_refused(result, "imagenet.py: --init: ", REFUSED[words])
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import imagenet
 from benchmarks.gpu import batches, run_of, train
 from models import fused, layers, stacked
-from models.layers import EXCITATIONS, FORMULATIONS, Conv2d, excited_once, group_norm
+from models.layers import EXCITATIONS, Conv2d, excited_once, group_norm
 from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, started
 from utils import command as commands
 from utils import distributed
@@ -35,7 +35,6 @@ from utils.meters import Scores
 from utils.signals import Stop
 from utils.workers import Batch
 
-BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 CPU = [torch.device("cpu", index) for index in range(4)]  # as GPUs 0 to 3
 NONE_DECODED = Batch(torch.empty(0, 3, 0, 0), torch.zeros(0, dtype=torch.long), 2, [])
 
@@ -109,7 +108,6 @@ def gpus(monkeypatch) -> SimpleNamespace:
     return seen
 
 
-@BOTH
 @pytest.mark.parametrize("options", ["", "--channels-last"])
 @pytest.mark.parametrize("iter_size", [1, 3])
 @pytest.mark.parametrize("count, images", [(2, 5), (4, 6), (3, 1), (4, 7)])
@@ -334,7 +332,6 @@ def graphs(monkeypatch) -> None:
     monkeypatch.setattr(fused, "_scratch", lambda like: {})
 
 
-@BOTH
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_stacks_are_excited_as_each_layer_is(graphs, excitation, formulation, layout):
@@ -368,7 +365,6 @@ def test_stacks_are_excited_as_each_layer_is(graphs, excitation, formulation, la
         assert not any(parameter.grad is not None for parameter in (*model[5].parameters(), *model[-1].parameters()))
 
 
-@BOTH
 @pytest.mark.parametrize("options, size", [("", 1), ("--amp bf16 --iter-size 3", 3), ("--amp fp16 --iter-size 3", 3)])
 def test_a_step_on_another_device_waits_for_no_number(monkeypatch, formulation, options, size):
     """The meta device stands for a GPU: no number can be read from it, but for what a step measured."""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, run_command
+from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, assert_fails, run_command
 from utils import demo
 from utils.checkpoint import BEST, LAST, PREVIOUS
 from utils.run_folder import LOCK
@@ -22,24 +22,17 @@ from utils.workers import warn_of_shared_memory
 NOTEBOOK = "module://matplotlib_inline.backend_inline"
 
 
-def run_process(*words, before: Callable[[], None] | None = None, **environment) -> subprocess.CompletedProcess:
+def run_process(*words, before: Callable[[], None] | None = None, **environment) -> SimpleNamespace:
     """Run Python with these words and this addition to the environment; ``before`` is called in the new process."""
     options = {"cwd": ROOT, "env": os.environ | environment, "preexec_fn": before, "timeout": PATIENCE}
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, **options)
+    ended = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, **options)
+    return SimpleNamespace(status=ended.returncode, err=ended.stderr)
 
 
-def train(images: Path, folder: Path, *words, **options) -> subprocess.CompletedProcess:
+def train(images: Path, folder: Path, *words, **options) -> SimpleNamespace:
     """An epoch of l_tiny, in a process of its own."""
     command = ("-m", "tests.helpers", *EXCITED, "-d", images, "-c", folder, "--epochs", 1, *words)
     return run_process(*command, **options)
-
-
-def assert_failed(ended: subprocess.CompletedProcess | SimpleNamespace, *texts: str) -> None:
-    """By one line on standard error that has these texts."""
-    err = ended.stderr if isinstance(ended, subprocess.CompletedProcess) else ended.err
-    lines = err.splitlines()
-    assert len(lines) == 1, err
-    assert all(text in lines[0] for text in ("imagenet.py: ", *texts)), err
 
 
 # --- containers
@@ -56,15 +49,15 @@ def test_shared_memory_that_is_full(command, images, run, tmp_path, monkeypatch,
     monkeypatch.setattr(torch.multiprocessing, "_sharing_strategy", strategy)
     words = ["-e", "--resume", run] if evaluates else [*EXCITED, "-d", images, "-c", tmp_path / "new"]
     ended = command(*words, "-j", 2)
-    assert ended.status == 1
-    assert_failed(ended, "can't hand over a batch (RuntimeError: unable", "--shm-size or --ipc=host", "TMPDIR", "-j 0")
+    assert_fails(
+        ended, 1, "can't hand over a batch (RuntimeError: unable", "--shm-size or --ipc=host", "TMPDIR", "-j 0"
+    )
 
 
 def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
     (long := tmp_path / ("long" * 25)).mkdir()
     ended = train(images, tmp_path / "run", "-j", 1, TMPDIR=str(long))
-    assert ended.returncode == 1
-    assert_failed(ended, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
+    assert_fails(ended, 1, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
 
 
 def test_less_shared_memory_than_the_workers_may_hold(monkeypatch, capsys):
@@ -79,8 +72,7 @@ def test_less_shared_memory_than_the_workers_may_hold(monkeypatch, capsys):
 
 def test_few_open_files(images, tmp_path):
     ended = train(images, tmp_path, "-j", 4, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
-    assert ended.returncode == 1
-    assert_failed(ended, "oo many open files", "lower --workers")
+    assert_fails(ended, 1, "oo many open files", "lower --workers")
 
 
 # --- notebooks
@@ -88,9 +80,9 @@ def test_few_open_files(images, tmp_path):
 
 def test_a_notebooks_backend_that_is_not_here(images, finished, tmp_path):
     ended = train(images, tmp_path / "run", "--demo", MPLBACKEND=NOTEBOOK)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.status, ended.err) == (0, "")
     ended = run_process("-m", "utils.compare", finished, "--out", tmp_path / "curves.png", MPLBACKEND=NOTEBOOK)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (ended.status, ended.err) == (0, "")
     assert (tmp_path / "curves.png").exists()
 
 
@@ -100,7 +92,7 @@ def test_a_notebooks_backend_that_is_not_here(images, finished, tmp_path):
 def test_a_run_without_streams(images, tmp_path):
     words = ["imagenet.py", *SMALL, "-d", images, "-c", tmp_path, "--epochs", 1]
     ended = run_process(*words, before=lambda: [os.close(number) for number in (0, 1, 2)])
-    assert ended.returncode == 0
+    assert ended.status == 0
     assert (tmp_path / LOCK).read_text().startswith("process ")
     assert (tmp_path / LAST).exists()
 
@@ -108,7 +100,7 @@ def test_a_run_without_streams(images, tmp_path):
 def test_ctrl_c_while_torch_is_imported(tmp_path):
     (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     ended = run_process("imagenet.py", PYTHONPATH=str(tmp_path))
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "interrupted; nothing was written\n")
+    assert (ended.status, ended.err) == (-signal.SIGINT, "interrupted; nothing was written\n")
 
 
 # --- file systems
@@ -132,8 +124,7 @@ def test_a_folder_of_which_the_best_is_left(command, run):
     (run / LAST).unlink()
     (run / PREVIOUS).unlink(missing_ok=True)
     ended = command("--resume", run, "--epochs", 3)
-    assert ended.status == 2
-    assert_failed(ended, f"there is no checkpoint {run / LAST}; --resume {run / BEST} begins with the best epoch")
+    assert_fails(ended, 2, f"there is no checkpoint {run / LAST}; --resume {run / BEST} begins with the best epoch")
 
 
 def test_data_that_a_resumed_run_does_not_find(command, images, tmp_path, monkeypatch):
@@ -141,5 +132,4 @@ def test_data_that_a_resumed_run_does_not_find(command, images, tmp_path, monkey
     assert run_command(*EXCITED, "-d", images.name, "--epochs", 1, "-c", tmp_path / "run") == 0
     monkeypatch.chdir(tmp_path)
     ended = command("--resume", "run", "--epochs", 2)
-    assert ended.status == 2
-    assert_failed(ended, f"--data: run/{LAST} names {images.name}, which isn't here; name it by --data DIR")
+    assert_fails(ended, 2, f"--data: run/{LAST} names {images.name}, which isn't here; name it by --data DIR")

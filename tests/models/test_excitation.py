@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from models import excitation as plain
 from models import fused
 from models.excitation import ChannelGate, LocationGate, activation_map, standardize
-from models.layers import EXCITATIONS, FORMULATIONS, Conv2d
+from models.layers import EXCITATIONS, Conv2d
 
 # (in_channels, out_channels, kernel, groups)
 SHAPES = [(8, 6, 1, 1), (4, 6, 3, 1), (3, 2, 7, 1), (8, 6, 3, 2), (64, 128, 3, 1), (256, 64, 1, 1), (128, 128, 3, 32)]
@@ -46,7 +46,6 @@ def excitation_parameters(conv: Conv2d) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 @pytest.mark.parametrize("std", [True, False])
 def test_excited_weight_is_the_equation(in_channels, out_channels, kernel, groups, formulation, excitation, std):
@@ -60,7 +59,6 @@ def test_excited_weight_is_the_equation(in_channels, out_channels, kernel, group
 
 
 @pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 def test_float32_is_close_to_float64(in_channels, out_channels, kernel, groups, formulation, excitation):
     torch.manual_seed(1)
@@ -79,7 +77,6 @@ def test_float32_is_close_to_float64(in_channels, out_channels, kernel, groups, 
 
 
 @pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES[:4])
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 @pytest.mark.parametrize("std", [True, False])
 def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, groups, formulation, excitation, std):
@@ -118,7 +115,6 @@ def test_map_has_the_papers_derivative():
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.3, -7.0])
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 @pytest.mark.parametrize("std", [True, False])
 def test_constant_filters_stay_finite(fill, formulation, excitation, std):
@@ -145,7 +141,6 @@ def test_hidden_widths_of_gates():
 
 
 @pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 @pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -8,11 +8,10 @@ from torch import nn
 import models
 from models.excitation import MAP_MARGIN
 from models.inspection import inspect_layers
-from models.layers import EXCITATIONS, FORMULATIONS, Conv2d
+from models.layers import EXCITATIONS, Conv2d
 
 
 @pytest.mark.parametrize("standardize", [True, False])
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("excitation", EXCITATIONS)
 def test_the_way_of_a_weight(excitation, formulation, standardize):
     torch.manual_seed(0)

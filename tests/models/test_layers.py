@@ -15,9 +15,7 @@ from torch import nn
 
 from models import layers
 from models.imagenet.resnet import BasicBlock, ResNet
-from models.layers import FORMULATIONS, KINDS, Conv2d, excite, excited_once, fold
-
-BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
+from models.layers import KINDS, Conv2d, excite, excited_once, fold
 
 
 @pytest.mark.parametrize("wrong", [{"excitation": "all"}, {"formulation": "mine"}])
@@ -26,7 +24,6 @@ def test_unknown_names_are_refused(wrong):
         Conv2d(4, 8, 3, **wrong)
 
 
-@BOTH
 def test_excitation_is_float32_under_autocast_and_in_half(formulation):
     conv = Conv2d(16, 32, 3, formulation=formulation)
     expected = conv.excited_weight()
@@ -47,7 +44,6 @@ def test_depthwise_is_left_plain():
     assert [type(layer) is nn.Conv2d for layer in network] == [True, False]
 
 
-@BOTH
 def test_fold_gives_the_same_outputs_from_plain_layers(formulation):
     torch.manual_seed(0)
     network = excite(torchvision.models.shufflenet_v2_x0_5(), formulation=formulation).eval()
@@ -63,7 +59,6 @@ def test_fold_gives_the_same_outputs_from_plain_layers(formulation):
     assert any(isinstance(module, Conv2d) for module in network.modules())
 
 
-@BOTH
 def test_dataparallel_replicas_apply_both_halves(formulation, monkeypatch):
     """What DataParallel does to a module on several GPUs, with copies on the CPU in place of broadcasts.
 
@@ -92,7 +87,6 @@ def test_dataparallel_replicas_apply_both_halves(formulation, monkeypatch):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
 
 
-@BOTH
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_excited_once_gives_the_gradients_of_exciting_in_every_forward(formulation, dtype, tolerance, memory_format):
@@ -116,7 +110,6 @@ def test_excited_once_gives_the_gradients_of_exciting_in_every_forward(formulati
 
 
 @pytest.mark.slow
-@BOTH
 def test_a_compiled_network_has_the_same_gradients(formulation):
     torch.manual_seed(0)
     model = ResNet(BasicBlock, (1, 0, 0, 0), num_classes=10, formulation=formulation).double()
@@ -133,7 +126,6 @@ def test_a_compiled_network_has_the_same_gradients(formulation):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
 
 
-@BOTH
 @pytest.mark.parametrize(
     "plain, norm, kernel", [(nn.Conv1d, nn.BatchNorm1d, (6,)), (nn.Conv3d, nn.BatchNorm3d, (1, 2, 3))]
 )

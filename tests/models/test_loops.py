@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.excitation import excite_weight
-from models.layers import FORMULATIONS, Conv2d, excite, excited_once, fold
+from models.layers import Conv2d, excite, excited_once, fold
 
-BOTH = pytest.mark.parametrize("formulation", FORMULATIONS)
 BLOCK_OR_NOT = pytest.mark.parametrize("context", [contextlib.nullcontext, excited_once])
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore:Full backward hook:UserWarning", "ignore:Complex modules:UserWarning"
@@ -143,7 +142,6 @@ def ensemble(function, values):
 DERIVATIVES = torch.autograd.functional.hessian, vectorized, third, inner_steps, transformed, ensemble
 
 
-@BOTH
 @pytest.mark.parametrize("derive", DERIVATIVES)
 def test_derivatives_of_any_order(formulation, derive):
     conv, batch = layer(formulation), images(size=4)
@@ -157,7 +155,6 @@ def test_second_derivatives_by_finite_differences(formulation, kind):
     assert torch.autograd.gradgradcheck(*scalar(layer(formulation, excitation=kind), images(1, 3)))
 
 
-@BOTH
 def test_a_penalty_on_the_gradient_of_the_images(formulation):
     def step(model):
         (slope,) = torch.autograd.grad(loss(model, batch), batch, create_graph=True)
@@ -181,7 +178,6 @@ def test_a_step_inside_is_refused_before_a_weight_is_touched(is_made_inside, kin
     optimizer.step(lambda: value)  # after the block, it may
 
 
-@BOTH
 def test_a_backward_pass_after_the_block_is_refused(formulation):
     model = network(formulation)
     with excited_once(model):
@@ -191,7 +187,6 @@ def test_a_backward_pass_after_the_block_is_refused(formulation):
     assert model[0].weight.grad is None
 
 
-@BOTH
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
 def test_closures_that_contain_the_block(formulation, kind):
     model, batch = network(formulation), images()
@@ -210,7 +205,6 @@ def test_closures_that_contain_the_block(formulation, kind):
     same(model.parameters(), reference.parameters())
 
 
-@BOTH
 @pytest.mark.parametrize("is_models", [False, True])
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_zero_grad_at_the_start_of_the_block(formulation, is_models, set_to_none):
@@ -251,7 +245,6 @@ def test_a_copy_taken_inside_excites_by_itself(snapshot):
     check_loss(copied, twin(model))
 
 
-@BOTH
 def test_weights_given_inside(formulation):
     """By functional_call() for one pass, and by load_state_dict() to stay."""
     model, batch = network(formulation).eval(), images()
@@ -288,7 +281,6 @@ def test_options_of_ddp_that_cant_work_are_refused(group, option):
     assert model.module[0].excited is None
 
 
-@BOTH
 def test_ddp_gives_the_same_gradients(group, formulation):
     model = network(formulation)
     reference, batches, wrapped = twin(model), images(4).split(2), DistributedDataParallel(model)
@@ -301,7 +293,6 @@ def test_ddp_gives_the_same_gradients(group, formulation):
     same(gradients(model), gradients(reference))
 
 
-@BOTH
 @pytest.mark.parametrize("around", ["forward", "backward", "block"])
 def test_autocast_around_more_than_the_forward_pass(formulation, around):
     def autocast(is_on=True):
@@ -358,7 +349,6 @@ def test_excite_refuses_before_anything_changes(kind):
     assert before == ([(name, type(module)) for name, module in model.named_modules()], list(model.state_dict()))
 
 
-@BOTH
 @pytest.mark.parametrize("kind", REPARAMETRIZATIONS)
 def test_a_layer_reparametrized_after_it_was_excited(formulation, kind):
     model = network(formulation)
@@ -400,7 +390,6 @@ def test_what_cant_be_folded_or_excited():
         Conv2d(2, 3, 2, dtype=torch.complex64)
 
 
-@BOTH
 @pytest.mark.parametrize("strides", ["sliced", "strided", "expanded", "channels_last", "transposed"])
 def test_weights_with_unusual_strides(formulation, strides):
     conv, weight = nn.Conv2d(3, 8, 3).double(), torch.randn(8, 8, 3, 3, dtype=torch.float64)
@@ -419,14 +408,12 @@ def test_weights_with_unusual_strides(formulation, strides):
         check_loss(conv, reference)
 
 
-@BOTH
 def test_excited_weights_that_share_a_gradient(formulation):
     model = nn.ModuleList(Conv2d(4, 4, 3, formulation=formulation).double() for _ in range(3))
     check_step(model, lambda model: sum(conv.excited_weight() for conv in model).sin().sum().backward(), twin(model))
     check_step(model, lambda model: sum(conv.excited_weight().sum() for conv in model).backward(), twin(model))
 
 
-@BOTH
 def test_tracing_and_feature_extraction(formulation):
     model, batch = excite(torchvision.models.resnet18(), formulation=formulation).double().eval(), images(1, 32)
     with torch.no_grad():
@@ -434,14 +421,12 @@ def test_tracing_and_feature_extraction(formulation):
         same([features, torch.fx.symbolic_trace(model)(batch)], [twin(model)(batch)] * 2)
 
 
-@BOTH
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(formulation, strict):
     model, batch = network(formulation).eval(), images()
     same([torch.export.export(model, (batch,), strict=strict).module()(batch)], [twin(model)(batch)])
 
 
-@BOTH
 @BLOCK_OR_NOT
 @pytest.mark.parametrize("is_fake", [False, True])
 def test_without_data(formulation, context, is_fake):
@@ -454,7 +439,6 @@ def test_without_data(formulation, context, is_fake):
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
 
 
-@BOTH
 @BLOCK_OR_NOT
 @pytest.mark.parametrize("is_wrapped", [False, True])
 def test_a_changed_gate_is_called_as_a_module(formulation, context, is_wrapped):
@@ -471,7 +455,6 @@ def test_a_changed_gate_is_called_as_a_module(formulation, context, is_wrapped):
     same(gradients(model), gradients(reference))
 
 
-@BOTH
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(formulation, use_reentrant):
     def step(model):
@@ -518,7 +501,6 @@ def test_a_block_after_inference_mode():
     check_loss(model, twin(model))
 
 
-@BOTH
 def test_a_weight_in_two_layers_is_excited_for_each(formulation):
     model = nn.Sequential(*(Conv2d(3, 3, 3, formulation=formulation).double() for _ in range(2)))
     model[1].weight = model[0].weight

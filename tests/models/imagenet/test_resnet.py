@@ -27,7 +27,6 @@ TWINS = {
 DEEP = ("l_resnet34", "l_resnet101", "l_resnet152")
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.slow if arch in DEEP else ()) for arch in TWINS])
 def test_folded_weights_are_torchvisions(arch, formulation):
     torch.manual_seed(0)
