@@ -5,7 +5,6 @@ import resource
 import signal
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,6 @@ from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, assert_fails, run_comm
 from utils import demo
 from utils.checkpoint import BEST, LAST, PREVIOUS
 from utils.run_folder import LOCK
-from utils.workers import warn_of_shared_memory
 
 NOTEBOOK = "module://matplotlib_inline.backend_inline"
 
@@ -58,16 +56,6 @@ def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
     (long := tmp_path / ("long" * 25)).mkdir()
     ended = train(images, tmp_path / "run", "-j", 1, TMPDIR=str(long))
     assert_fails(ended, 1, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
-
-
-def test_less_shared_memory_than_the_workers_may_hold(monkeypatch, capsys):
-    args = Namespace(workers=4, evaluate=False, train_batch=256, test_batch=200, image_size=224)
-    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/dev/shm")
-    for free, told in ((64, "/dev/shm has 64 MiB free, and batches for 4 workers may take 294: "), (295, "")):
-        monkeypatch.setattr(os, "statvfs", lambda path, free=free: Namespace(f_bavail=free, f_frsize=2**20))
-        warn_of_shared_memory(args)
-        out = capsys.readouterr().out
-        assert out.startswith(told) and bool(out) == bool(told)
 
 
 def test_few_open_files(images, tmp_path):

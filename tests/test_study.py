@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import struct
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from benchmarks import fashion_mnist, study
+from benchmarks import study
 from tests.helpers import ROOT
 from utils.errors import BadInput, RunFailed
 
@@ -61,21 +58,3 @@ def test_the_stored_study_gives_the_stored_tables(tmp_path, capsys):
     rows = [line for line in (STORED / "results.md").read_text().splitlines() if " of 5 | " in line]
     assert len(rows) == len(study.VARIANTS)
     assert all(row in (ROOT / "README.md").read_text() for row in rows)
-
-
-def test_fashion_mnist(tmp_path):
-    raw, pixels = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
-    raw.mkdir(parents=True)
-    for name in ("train", "t10k"):
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *pixels.shape) + pixels.tobytes())
-        labels = bytes(index % 10 for index in range(30))
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 30) + labels)
-    out = tmp_path / "some" / "images"
-    words = ["--download", str(tmp_path), "--out", str(out), "--per-class", "2"]
-    assert fashion_mnist.main(words) == 0
-    assert [len(list((out / split).rglob("*.png"))) for split in ("train", "val")] == [20, 30]
-    assert (out / "val/T-shirt-top/00020.png").exists()
-    with Image.open(out / "train/Ankle boot/00019.png") as image:
-        assert np.array_equal(np.asarray(image), pixels[19])
-    with pytest.raises(BadInput, match=r"--out: .* exists"):
-        fashion_mnist.main(words)

@@ -176,12 +176,6 @@ def test_a_signal_to_all(command, images, tmp_path, number):
     assert command("--resume", tmp_path, "--epochs", epoch + 1).status == 0
 
 
-def test_a_signal_to_one(images, tmp_path):
-    with training(2, images, tmp_path) as process:
-        os.kill(max(of_session(process.pid)), signal.SIGUSR1)
-        assert_stopped(process, tmp_path, "SIGUSR1")
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_failure_of_one_ends_all(images, tmp_path, rank):
     with torchrun(2, f"nan in {rank}", *EXCITED, "-d", images, "--epochs", 2, "-c", tmp_path) as process:

@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+from tests.helpers import ROOT
 from utils import distributed
 from utils.distributed import choose_devices, command, describe, join, share
 from utils.errors import BadInput
@@ -60,19 +61,17 @@ def test_the_parts_of_a_batch_are_the_batch(monkeypatch, processes):
 
 
 def test_commands_to_paste(machine, monkeypatch, tmp_path):
-    (here := tmp_path / "here").mkdir()
-    for name in ("python", "torchrun"):
-        program = here / ".venv" / "bin" / name
-        program.parent.mkdir(parents=True, exist_ok=True)
+    python, torchrun = (tmp_path / ".venv" / "bin" / name for name in ("python", "torchrun"))
+    python.parent.mkdir(parents=True)
+    for program in (python, torchrun):
         program.touch(0o755)
     monkeypatch.setattr(sys, "argv", ["a folder/imagenet.py"])
-    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
-    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
     assert command(["--resume=x y"]) == ".venv/bin/python 'a folder/imagenet.py' '--resume=x y'"
-    (there := tmp_path / "there").mkdir()
-    monkeypatch.chdir(there)
-    assert command([]) == f"{program.with_name('python')} 'a folder/imagenet.py'"
-    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.chdir(ROOT)
+    assert command([]) == f"{python} 'a folder/imagenet.py'"
+    monkeypatch.setenv("PATH", str(python.parent))
     assert command([]) == "python 'a folder/imagenet.py'"
     machine(0, 4)
     monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)

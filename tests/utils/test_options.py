@@ -8,7 +8,6 @@ import pytest
 import imagenet
 import models
 from utils import distributed, options
-from utils.arguments import path
 from utils.errors import BadInput
 
 
@@ -36,12 +35,6 @@ def test_parts_that_are_not_even(monkeypatch):
     with pytest.raises(BadInput, match=r"^--train-batch 4: 3 processes can't share it evenly; 6 fits$"):
         resolve("-d", "x", "--train-batch", "4")
     assert resolve("-d", "x", "--train-batch", "6").train_batch == 6
-
-
-def test_a_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert path("~/images") == "/home/me/images"
-    assert path("a~b") == "a~b"
 
 
 def test_the_noted_command_can_be_given(images, run):
