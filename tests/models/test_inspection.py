@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-import models
 from models.excitation import MAP_MARGIN
 from models.inspection import inspect_layers
 from models.layers import EXCITATIONS, Conv2d
@@ -50,10 +49,3 @@ def test_constants_are_the_gates_of_weights_that_tell_nothing():
     for layer in inspect_layers(convs):
         np.testing.assert_allclose(layer.gates, layer.constants, rtol=1e-5)
         assert layer.constants.std() > 0.01
-
-
-def test_what_is_plain_is_left_out():
-    assert list(inspect_layers(models.create("resnet18", num_classes=2))) == []
-    layers = list(inspect_layers(models.create("mobilenet_v2", num_classes=2, excitation="we")))
-    assert layers
-    assert all(layer.raw.shape[1] > 1 for layer in layers)

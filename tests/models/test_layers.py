@@ -109,23 +109,6 @@ def test_excited_once_gives_the_gradients_of_exciting_in_every_forward(formulati
             parameter.data.mul_(1.1)
 
 
-@pytest.mark.slow
-def test_a_compiled_network_has_the_same_gradients(formulation):
-    torch.manual_seed(0)
-    model = ResNet(BasicBlock, (1, 0, 0, 0), num_classes=10, formulation=formulation).double()
-    images, gradients = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
-    for compiled in (False, True):
-        if compiled:
-            model.compile()
-        for _ in range(2):
-            model.zero_grad()
-            with excited_once(model):
-                model(images).square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
-
-
 @pytest.mark.parametrize(
     "plain, norm, kernel", [(nn.Conv1d, nn.BatchNorm1d, (6,)), (nn.Conv3d, nn.BatchNorm3d, (1, 2, 3))]
 )

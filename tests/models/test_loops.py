@@ -465,6 +465,15 @@ def test_a_layer_that_is_not_used_has_no_gradient():
     assert model[1].weight.grad is None
 
 
+@pytest.mark.slow
+def test_a_compiled_network(formulation):
+    model = network(formulation)
+    reference = twin(model)
+    model.compile()
+    for _ in range(2):
+        check_loss(model, reference)
+
+
 def test_after_an_exception_the_next_block_is_right():
     model = network()
     with pytest.raises(KeyboardInterrupt), excited_once(model):
