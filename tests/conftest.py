@@ -34,6 +34,13 @@ def surroundings() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(params=FORMULATIONS)
 def formulation(request) -> str:
     """Each of them."""

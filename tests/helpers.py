@@ -111,6 +111,18 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
 
 
+def assert_close(one: Path, other: Path, bound: float) -> None:
+    """Weights, momentum and log differ by no more than the bound, relative to the largest of each."""
+    a, b = checkpoint(one), checkpoint(other)
+    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+    pairs = [(value, b["state_dict"][name]) for name, value in a["state_dict"].items()]
+    momenta = b["optimizer"]["state"]
+    pairs += [(s["momentum_buffer"], momenta[index]["momentum_buffer"]) for index, s in a["optimizer"]["state"].items()]
+    for value, same in pairs:
+        assert (value - same).abs().max() <= bound * value.abs().max()
+    assert torch.allclose(torch.tensor(a["log"]), torch.tensor(b["log"]), rtol=bound, atol=0)
+
+
 def tiny_checkpoint(epoch: int = 1) -> dict:
     """The smallest checkpoint that has everything: of a linear layer after some epochs."""
     model = torch.nn.Linear(2, 3)

@@ -12,9 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from tests.helpers import EXCITED, PATIENCE, SMALL, assert_same_run, checkpoint, draw_folder, started, wait_until
+from tests.helpers import (
+    EXCITED,
+    PATIENCE,
+    SMALL,
+    assert_close,
+    assert_same_run,
+    checkpoint,
+    draw_folder,
+    started,
+    wait_until,
+)
 from utils.checkpoint import LAST
 from utils.logger import read_log
 
@@ -68,27 +77,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def assert_close(one: Path, other: Path, bound: float) -> None:
-    """Weights, momentum and log differ by no more than the bound, relative to the largest of each."""
-    a, b = checkpoint(one), checkpoint(other)
-    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
-    pairs = [(value, b["state_dict"][name]) for name, value in a["state_dict"].items()]
-    momenta = b["optimizer"]["state"]
-    pairs += [(s["momentum_buffer"], momenta[index]["momentum_buffer"]) for index, s in a["optimizer"]["state"].items()]
-    for value, same in pairs:
-        assert (value - same).abs().max() <= bound * value.abs().max()
-    assert torch.allclose(torch.tensor(a["log"]), torch.tensor(b["log"]), rtol=bound, atol=0)
-    column = "Valid Acc."
-    assert [row[column] for row in read_log(one / "log.txt")] == [row[column] for row in read_log(other / "log.txt")]
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(
