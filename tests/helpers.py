@@ -86,6 +86,18 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
         time.sleep(0.05)
 
 
+def in_a_process(body: Callable[[], int]) -> int:
+    """Run in a fork, whose end ends nothing else; returns its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = body()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def checkpoint(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
     return torch.load(folder / name, weights_only=True)
 

@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from tests.formats import FORMATS, IMAGE, drawing, encoded
-from tests.helpers import PATIENCE
-from tests.utils.forks import in_a_process
+from tests.helpers import PATIENCE, in_a_process
+from utils.classifier import normalize
+from utils.data import MEAN, STD
 from utils.images import BadImage, decode, random_resized_crop, resize, resized_center_crop
 
 
@@ -111,3 +112,10 @@ def test_crops_of_extreme_images():
         for index in range(20):
             assert (random_resized_crop(image, 16, random.Random(index)) == 20).all()
         assert resized_center_crop(image, 16).shape == (3, 16, 16)
+
+
+def test_pixels_are_normalized_as_torchvision_does():
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    for dtype in (torch.float32, torch.float64):
+        expected = v2.functional.normalize(pixels.to(dtype) / 255, list(MEAN), list(STD))
+        torch.testing.assert_close(normalize(pixels, dtype), expected)

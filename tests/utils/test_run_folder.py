@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import tiny_checkpoint
-from tests.utils.forks import in_a_process
+from tests.helpers import in_a_process, tiny_checkpoint
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize
 from utils.errors import BadInput, RunFailed
 from utils.logger import CURVES, LOG, Logger

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.utils.forks import in_a_process
+from tests.helpers import in_a_process
 from utils import distributed
 from utils.signals import ENDING, Stop, Stopped
 
