@@ -64,6 +64,7 @@ def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
     line = command("-e", "--resume", run, "-j", 0).out.splitlines()[-1]
     assert f"loss {saved['log'][-1][2]:.4f}  top-1 {saved['acc']:.2f}" in line
     assert line.endswith("over 7 images")
+    assert "finished its 3 epochs" in command("--resume", run).out
     assert contents(run) == before
 
 

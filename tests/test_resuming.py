@@ -153,14 +153,6 @@ def test_killed_and_resumed_equals_uninterrupted(command, images, tmp_path, numb
 # --- the folder of a run
 
 
-def test_a_finished_run_is_left_alone(command, run):
-    before = contents(run)
-    result = command("--resume", run)
-    assert result.status == 0
-    assert "finished its 2 epochs" in result.out
-    assert contents(run) == before
-
-
 def test_a_moved_run_goes_on_beside_its_file(command, finished, run):
     before = contents(finished)
     (run / "log.txt").write_text("a\tb\n1\t2\n")  # damaged; the checkpoint has its rows
