@@ -48,8 +48,8 @@ def network(formulation: str = "channel") -> nn.Sequential:
 
 def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], options: str = "") -> Scores:
     args = imagenet.build_parser().parse_args(options.split())
-    source = SimpleNamespace(validation=lambda: iter(data), val_batches=len(data), waited=0.0)
-    return imagenet.validate(model, source, devices, args, Stop())
+    source = SimpleNamespace(args=args, validation=lambda: iter(data), val_batches=len(data), waited=0.0)
+    return imagenet.validate(model, source, devices, Stop())
 
 
 class _Broadcast(torch.autograd.Function):
@@ -256,11 +256,11 @@ def test_workers_of_a_run_on_a_gpu_start_clean_and_load_the_same(images):
 
 # The start of a run on a GPU, of whose processes a signal comes to all; then the main process is killed.
 KILLED = """
-import os, signal, time, torch, imagenet
+import os, signal, sys, time, torch, imagenet
 from multiprocessing import forkserver
 from utils.data import Data
 from utils.workers import running
-steps = Data(imagenet.build_parser().parse_args(), torch.device("cuda")).training(0)
+steps = Data(imagenet.build_parser().parse_args(sys.argv[1:]), torch.device("cuda")).training(0)
 next(next(steps))
 server = forkserver._forkserver._forkserver_pid
 os.kill(server, signal.SIGTERM)

@@ -42,7 +42,7 @@ def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
         "l_tiny: 85,390 parameters, 1,740 of them in gates",
         "4 images (--train-batch 4 x --iter-size 1); 3 steps an epoch",
         "make no whole step and wait for another epoch: 1",
-        "Epoch 1/3 2/3 loss ",  # a line of progress, where there is no terminal
+        "Epoch 1/3 2/3  ETA ",  # a line of progress, where there is no terminal
         "Epoch 1/3  lr 0.002 ",
         "Epoch 3/3  lr 2e-05 ",
         f"{run}/{BEST}",

@@ -147,7 +147,7 @@ def test_the_best_top1_of_others(tmp_path, key, value, expected):
     saved = load(tmp_path / "file")
     assert saved["best_acc"] == (-1 if expected is None else expected)
     assert ("best top-1" in saved["missing"]) == (expected is None)
-    assert ("best top-1\nNot in it" in checkpoint.describe(saved)) == (expected is not None)
+    assert ("best top-1\nNot in it" in checkpoint.describe(saved, epochs=3, steps=5)) == (expected is not None)
 
 
 def test_a_number_of_numpy_1(tmp_path):
