@@ -3,7 +3,6 @@ layers and their graphs, late reads, a loader's workers; how a run meets its dev
 
 import contextlib
 import copy
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -50,62 +49,6 @@ def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], o
     args = imagenet.build_parser().parse_args(options.split())
     source = SimpleNamespace(args=args, validation=lambda: iter(data), val_batches=len(data), waited=0.0)
     return imagenet.validate(model, source, devices, Stop())
-
-
-class _Broadcast(torch.autograd.Function):
-    """The first device keeps the tensors, the others get contiguous copies; gradients are contiguous."""
-
-    @staticmethod
-    def forward(ctx, devices, *tensors):
-        ctx.count = len(tensors)
-        copies = (tensor.contiguous().clone() for _ in devices[1:] for tensor in tensors)
-        return (*tensors, *copies)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        parts = [grads[start : start + ctx.count] for start in range(0, len(grads), ctx.count)]
-        return None, *(sum(part[1:], part[0]).contiguous() for part in zip(*parts, strict=True))
-
-
-@pytest.fixture
-def gpus(monkeypatch) -> SimpleNamespace:
-    """nn.DataParallel's own code takes CPU for GPUs: only copies, streams and guards are replaced.
-
-    Gives how many tensors each broadcast sends, and the types of what is scattered.
-    """
-    seen = SimpleNamespace(sent=[], scattered=[])
-
-    def broadcast(tensors, devices, detach=False):
-        seen.sent += [len(tensors)] if tensors else []
-        copies = [tensor.detach() if detach else tensor for tensor in _Broadcast.apply(devices, *tensors)]
-        return [copies[start : start + len(tensors)] for start in range(0, len(copies), len(tensors) or 1)]
-
-    def scatter(devices, sizes, dim, tensor):
-        seen.scattered.append(tensor.dtype)
-        return tuple(part.clone() for part in tensor.chunk(len(devices), dim))
-
-    def on_the_cpu(self, *arguments):
-        init(self, *arguments)
-        self.src_device_obj = torch.device("cpu")
-
-    init, is_enabled = nn.DataParallel.__init__, torch.is_autocast_enabled
-    names = ("data_parallel", "replicate", "scatter_gather")
-    parallel, replicate, scatter_gather = (importlib.import_module(f"torch.nn.parallel.{name}") for name in names)
-    for place, name, value in (
-        (nn.DataParallel, "__init__", on_the_cpu),
-        (parallel, "_get_available_device_type", lambda: "cuda"),
-        (parallel, "_check_balance", lambda ids: None),
-        (replicate, "_broadcast_coalesced_reshape", broadcast),
-        (scatter_gather, "Scatter", SimpleNamespace(apply=scatter)),
-        (scatter_gather, "Gather", SimpleNamespace(apply=lambda device, dim, *tensors: torch.cat(tensors, dim))),
-        (torch.accelerator, "is_available", lambda: True),
-        (torch.accelerator, "current_accelerator", lambda: torch.device("cpu")),
-        (torch.accelerator, "current_stream", lambda device: contextlib.nullcontext()),
-        (torch.accelerator, "device_index", lambda device: contextlib.nullcontext()),
-        (torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),  # without a device, CUDA's
-    ):
-        monkeypatch.setattr(place, name, value)
-    return seen
 
 
 @pytest.mark.parametrize("options", ["", "--channels-last"])

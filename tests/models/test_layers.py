@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib
 import shutil
 import subprocess
 import sys
@@ -59,32 +58,21 @@ def test_fold_gives_the_same_outputs_from_plain_layers(formulation):
     assert any(isinstance(module, Conv2d) for module in network.modules())
 
 
-def test_dataparallel_replicas_apply_both_halves(formulation, monkeypatch):
-    """What DataParallel does to a module on several GPUs, with copies on the CPU in place of broadcasts.
-
-    Outside of a block they excite by themselves; in it, nobody excites again.
-    """
-
-    def broadcast(tensors, devices, detach=False):
-        return [[tensor.clone() for tensor in tensors] for _ in devices]
-
-    replication = importlib.import_module("torch.nn.parallel.replicate")
-    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", broadcast)
+def test_dataparallel_replicas_apply_both_halves(gpus, formulation, monkeypatch):
+    """Outside of a block they excite by themselves; in it, nobody excites again."""
     torch.manual_seed(0)
-    conv, x, gradients = Conv2d(4, 8, 3, formulation=formulation), torch.randn(2, 4, 5, 5), []
-    expected = conv(x)
+    conv, images, gradients = Conv2d(4, 8, 3, formulation=formulation), torch.randn(2, 4, 5, 5), []
+    model, expected = nn.DataParallel(conv, [0, 1]), conv(images)
     for context in (contextlib.nullcontext, excited_once):
         conv.zero_grad()
-        with context(conv), monkeypatch.context() as patch:
+        with context(model), monkeypatch.context() as patch:
             if context is excited_once:
                 patch.setattr("models.fused.excite_weight", None)
-            outputs = [
-                replica(part) for replica, part in zip(replication.replicate(conv, [0, 1]), x.split(1), strict=True)
-            ]
-            torch.testing.assert_close(torch.cat(outputs), expected)
-            sum(output.sum() for output in outputs).backward()
+            torch.testing.assert_close(outputs := model(images), expected)
+            outputs.sum().backward()
         gradients.append([parameter.grad.clone() for parameter in conv.parameters()])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+    assert gpus.scattered == 2 * [torch.float32]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-4)])
