@@ -1,5 +1,7 @@
 """The equations, against float64 references written in NumPy, and their gradients against finite differences."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,25 @@ from models.layers import EXCITATIONS, Conv2d
 
 # (in_channels, out_channels, kernel, groups)
 SHAPES = [(8, 6, 1, 1), (4, 6, 3, 1), (3, 2, 7, 1), (8, 6, 3, 2), (64, 128, 3, 1), (256, 64, 1, 1), (128, 128, 3, 32)]
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request) -> tuple[int, ...]:
+    return request.param
+
+
+@pytest.fixture(params=itertools.product(EXCITATIONS, (True, False)))
+def settings(request, formulation) -> dict:
+    excitation, standardize = request.param
+    return {"excitation": excitation, "formulation": formulation, "standardize": standardize}
+
+
+@pytest.fixture
+def conv(shape, settings) -> Conv2d:
+    """Of each shape and all settings."""
+    torch.manual_seed(0)
+    *sizes, groups = shape
+    return Conv2d(*sizes, groups=groups, **settings)
 
 
 def reference(weight: np.ndarray, conv: Conv2d) -> np.ndarray:
@@ -45,24 +66,14 @@ def excitation_parameters(conv: Conv2d) -> list[torch.Tensor]:
     return [conv.weight, *(conv.gate.parameters() if conv.gate is not None else ())]
 
 
-@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
-@pytest.mark.parametrize("excitation", EXCITATIONS)
-@pytest.mark.parametrize("std", [True, False])
-def test_excited_weight_is_the_equation(in_channels, out_channels, kernel, groups, formulation, excitation, std):
-    torch.manual_seed(0)
-    halves = {"excitation": excitation, "formulation": formulation, "standardize": std}
-    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, **halves)
+def test_excited_weight_is_the_equation(conv):
     expected = reference(conv.weight.detach().double().numpy(), conv)
     in_double = conv.double().excited_weight()
     assert in_double.dtype == torch.float64
     np.testing.assert_allclose(in_double.detach().numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
-@pytest.mark.parametrize("excitation", EXCITATIONS)
-def test_float32_is_close_to_float64(in_channels, out_channels, kernel, groups, formulation, excitation):
-    torch.manual_seed(1)
-    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, excitation=excitation, formulation=formulation)
+def test_float32_is_close_to_float64(conv):
     upstream = torch.randn(conv.weight.shape, dtype=torch.float64)
 
     def value_and_gradients(dtype):
@@ -76,16 +87,12 @@ def test_float32_is_close_to_float64(in_channels, out_channels, kernel, groups, 
         assert (ours - exact).abs().max() <= (1e-5 if index == 0 else 1e-3) * exact.abs().max()
 
 
-@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES[:4])
-@pytest.mark.parametrize("excitation", EXCITATIONS)
-@pytest.mark.parametrize("std", [True, False])
-def test_gradients_with_the_maximum_fixed(in_channels, out_channels, kernel, groups, formulation, excitation, std):
-    torch.manual_seed(2)
-    halves = {"excitation": excitation, "formulation": formulation, "standardize": std}
-    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, **halves).double()
+@pytest.mark.parametrize("shape", SHAPES[:4])
+def test_gradients_with_the_maximum_fixed(conv):
+    conv.double()
 
     def gated(weight, *_):
-        standard = standardize(weight) if std else weight
+        standard = standardize(weight) if conv.standardize else weight
         return standard if conv.gate is None else standard * conv.gate(conv.gate.statistic(weight, standard))
 
     maximum = gated(conv.weight).detach().abs().max()
@@ -115,10 +122,8 @@ def test_map_has_the_papers_derivative():
 
 
 @pytest.mark.parametrize("fill", [0.0, 0.3, -7.0])
-@pytest.mark.parametrize("excitation", EXCITATIONS)
-@pytest.mark.parametrize("std", [True, False])
-def test_constant_filters_stay_finite(fill, formulation, excitation, std):
-    conv = Conv2d(4, 6, 3, excitation=excitation, formulation=formulation, standardize=std)
+def test_constant_filters_stay_finite(fill, settings):
+    conv = Conv2d(4, 6, 3, **settings)
     torch.nn.init.constant_(conv.weight, fill)
     weight = conv.excited_weight()
     weight.sum().backward()
@@ -140,14 +145,8 @@ def test_hidden_widths_of_gates():
     assert LocationGate(3, 8).fc1.out_features == 1
 
 
-@pytest.mark.parametrize("in_channels, out_channels, kernel, groups", SHAPES)
-@pytest.mark.parametrize("excitation", EXCITATIONS)
-@pytest.mark.parametrize("std", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_fused_is_plain(in_channels, out_channels, kernel, groups, formulation, excitation, std, memory_format):
-    torch.manual_seed(3)
-    halves = {"excitation": excitation, "formulation": formulation, "standardize": std}
-    conv = Conv2d(in_channels, out_channels, kernel, groups=groups, **halves)
+def test_fused_is_plain(conv, memory_format):
     conv.to(torch.float64, memory_format=memory_format)
     upstream = torch.randn_like(conv.weight)
     kept = upstream.clone()
