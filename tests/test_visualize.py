@@ -31,7 +31,7 @@ def test_the_pictures_of_a_run(command, run, tmp_path, formulation):
     result = command("--resume", run, "--visualize", out)
     assert (result.status, result.err) == (0, "")
     drawn = contents(out)
-    assert drawn.keys() == {"filters.png", "gates.png", "weights.png"}
+    assert drawn.keys() == {"gates.png", "weights.png"}
     assert sorted(result.out.splitlines()) == sorted(f"{out}/{name}" for name in drawn)
     for name in drawn:
         with Image.open(out / name) as picture:
@@ -39,9 +39,9 @@ def test_the_pictures_of_a_run(command, run, tmp_path, formulation):
             assert len(picture.convert("L").getcolors()) > 100
     assert contents(run) == before
 
-    (out / "filters.png").unlink()
+    (out / "gates.png").unlink()
     assert_refused(command("--resume", run, "--visualize", out), f"--visualize: {out}/weights.png exists; replace it")
-    assert "filters.png" not in contents(out)
+    assert "gates.png" not in contents(out)
     assert command("--resume", run, "--visualize", out, "--overwrite").status == 0
     assert contents(out) == drawn
 
@@ -49,7 +49,7 @@ def test_the_pictures_of_a_run(command, run, tmp_path, formulation):
 def test_a_network_without_gates_has_no_picture_of_them(command, run, tmp_path):
     change(run, "l_tiny", excitation="lwe")
     assert command("--resume", run, "--visualize", tmp_path / "pictures").status == 0
-    assert contents(tmp_path / "pictures").keys() == {"filters.png", "weights.png"}
+    assert contents(tmp_path / "pictures").keys() == {"weights.png"}
 
 
 def test_what_can_not_be_drawn(command, run, tmp_path):

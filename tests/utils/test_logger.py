@@ -104,7 +104,7 @@ def test_runs_are_compared(compare, tmp_path):
     ]
     with Image.open(words[-1]) as picture:
         assert picture.size[0] > 800
-    assert compare(*words)[2].startswith(f"utils.logger: --out: {words[-1]} exists; ")
+    assert compare(*words)[2].startswith(f"utils.compare: --out: {words[-1]} exists; ")
     assert compare(*words, "--overwrite")[0] == 0
 
 
@@ -162,5 +162,5 @@ def test_comparisons_that_are_refused(compare, tmp_path, monkeypatch, words):
         (log(tmp_path / value, 1, "imagenet.py --seed=1") / "log.txt").write_text("\t".join(COLUMNS) + "\n" + 2 * row)
     status, out, err = compare(*words.split())
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"utils.logger: {REFUSALS[words]}")
+    assert err.startswith(f"utils.compare: {REFUSALS[words]}")
     assert not Path("a.png").exists()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from utils.pictures import draw_filters, draw_gates, draw_weights, tile
+from utils.pictures import draw_gates, draw_weights
 
 
 def layer(name: str, gate: bool = True, mapped: bool = True) -> SimpleNamespace:
@@ -54,12 +54,3 @@ def test_weights():
     assert gains["99.9th"] == pytest.approx([np.percentile(1 / (1 - layers[0].relative ** 2), 99.9)] * 3)
     assert len(draw_weights(layers[:1], "title").axes) == 5
     assert len(draw_weights([layer("plain", mapped=False)] * 3, "title").axes) == 3
-
-
-def test_filters():
-    weight = np.random.default_rng(0).uniform(0, 1, (10, 3, 5, 4))
-    picture = tile(weight)
-    assert picture.shape == (2 * 6 + 1, 8 * 5 + 1, 3)
-    assert np.array_equal(picture[7:12, 6:10], weight[9].transpose(1, 2, 0))
-    figure = draw_filters(weight - 0.5, np.zeros_like(weight), "title")
-    assert figure.axes[0].get_title().startswith("raw: black -0.5, gray 0, white 0.5")
