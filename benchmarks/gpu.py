@@ -196,7 +196,8 @@ def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str
     data, steps, peaks = batches(images, SIZE, count), {}, {}
     for name in VARIANTS:
         gc.collect()
-        torch.cuda.reset_peak_memory_stats()
+        if IS_GPU:
+            torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # of the networks before it
         run = run_of(create(name, ARCH), f"{MODES[mode]} --iter-size {count}")
         steps[name] = functools.partial(train, run, data, together)

@@ -1,7 +1,6 @@
 """The benchmarks run, and their tables have the rows that they speak of."""
 
 import pytest
-import torch
 
 import models
 from benchmarks import excitation, gpu, measure, memory, pipeline
@@ -34,7 +33,6 @@ def test_excitation(rows):
     assert all(float(row[1]) > 0 for row in table[1:])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU")
 def test_gpu(rows, monkeypatch):
     monkeypatch.setattr(gpu, "ARCH", "l_resnet18")
     words = ["--micro-batch", 2, "--steps", 1, "--seconds", 0]

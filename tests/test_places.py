@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
     (long := tmp_path / ("long" * 25)).mkdir()
     ended = train(images, tmp_path / "run", "-j", 1, TMPDIR=str(long))
     assert_fails(ended, 1, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
+
+
+@pytest.mark.slow
+def test_a_small_dev_shm(images, tmp_path):
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    program = [sys.executable, "-m", "tests.helpers", *EXCITED, "-d", images, "-c", tmp_path, "-j", 1]
+    argv = [*namespace, "bash", "-c", 'mount -t tmpfs -o size=5m tmpfs /dev/shm && exec "$@"', "bash", *program]
+    argv += ["--image-size", 1000, "--train-batch", 8]
+    ended = subprocess.run([*map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert "/dev/shm has " in ended.stdout
+    ended = SimpleNamespace(status=ended.returncode, err=ended.stderr)
+    assert_fails(ended, 1, "can't hand over a batch", "No space left on device", "--shm-size")
 
 
 def test_few_open_files(images, tmp_path):

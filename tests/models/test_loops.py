@@ -7,6 +7,7 @@ import contextlib
 import copy
 import io
 
+import onnxruntime
 import pytest
 import torch
 import torchvision
@@ -537,3 +538,11 @@ def test_a_step_of_whole_networks(name):
         loss(model, batch).backward()
 
     check_step(model, step, copy.deepcopy(model))
+
+
+def test_onnx_takes_a_folded_network(tmp_path):
+    model, batch = network("paper").float().eval(), images().float()
+    torch.onnx.export(fold(model), (batch,), tmp_path / "folded.onnx", input_names=["images"], dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / "folded.onnx", providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {"images": batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), model(batch), rtol=0, atol=1e-5)
