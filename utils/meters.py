@@ -175,10 +175,13 @@ class Progress:
         step, data = seconds / done, (self.data.waited - self.waited_before) / done
         left, scores = self.steps - self.done, self.scores
         run = f", run {clock(step * (left + self.later * self.steps))}" if self.later else ""
+        if scores.images == 0:  # the first step's are yet to come
+            return [f"{self.done}/{self.steps}"]
         return [
             f"{self.done}/{self.steps}",
             f"ETA {clock(step * left)}{run}",
-            *([f"loss {scores.loss:.4f}", f"top-1 {scores.top1:.2f}"] if scores.images else []),
+            f"loss {scores.loss:.4f}",
+            f"top-1 {scores.top1:.2f}",
             f"{self.images / max(step, 1e-9):.0f} img/s",
             f"top-5 {scores.top5:.2f}",
             f"data {data:.3f}s",
