@@ -12,14 +12,14 @@ from utils.logger import read_log
 
 def test_fine_tuning_on_other_classes(command, run, tmp_path):
     """The recipe of TRAINING.md. At a rate of 0, the weights stay those that the training began with."""
-    others, new = draw_folder(tmp_path / "others", {"train": 6, "val": 3}, ("cross", "disc", "grid")), tmp_path / "new"
+    others, new = draw_folder(tmp_path / "others", {"train": 6, "val": 3}, ("checks", "disc", "grid")), tmp_path / "new"
     weights = checkpoint(run, BEST)["state_dict"]
     result = command("--init", run, "-d", others, "-c", new, *SIZES, "--epochs", 1, "--lr", 0)
     assert (result.status, result.err) == (0, "")
     assert f"Beginning with the weights of {run / BEST}\n" in result.out
     assert "The classifier fc is made anew" in result.out
     saved = checkpoint(new)
-    assert (saved["epoch"], saved["arch"], saved["classes"]) == (1, "l_tiny", ["cross", "disc", "grid"])
+    assert (saved["epoch"], saved["arch"], saved["classes"]) == (1, "l_tiny", ["checks", "disc", "grid"])
     assert saved["state_dict"]["fc.weight"].shape == (3, 64)
     kept = weights.keys() - {"fc.weight", "fc.bias"}
     assert all(torch.equal(saved["state_dict"][name], weights[name]) for name in kept)
