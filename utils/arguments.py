@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
-            others = [other.option_strings[-1] for other in self._actions if value in (other.choices or ())]
-            if others:
-                raise argparse.ArgumentError(action, f"{value} is a choice of {others[0]}")
+            for other in self._actions:
+                if other.option_strings and value in (other.choices or ()):
+                    raise argparse.ArgumentError(action, f"{value} is a choice of {other.option_strings[-1]}")
         super()._check_value(action, value)
 
 

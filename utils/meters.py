@@ -11,7 +11,7 @@ from progress.bar import Bar
 from torch import Tensor
 
 LINE_SECONDS = 10
-BAR = 12  # columns that a bar takes at least
+BAR = 12  # columns that a bar takes at least; only the first five parts of a line come before it
 
 
 def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> Tensor:
@@ -121,14 +121,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        label: str,
-        steps: int,
-        images: int,
-        data: Waiting,
-        scores: Scores,
-        done: int = 0,
-        later: int = 0,
+        self, label: str, steps: int, images: int, data: Waiting, scores: Scores, done: int = 0, later: int = 0
     ):
         self.label, self.steps, self.images, self.later = label, steps, images, later
         self.data, self.scores = data, scores
