@@ -29,7 +29,7 @@ NETWORKS = (*VARIANTS, f"`channel`{EACH_FORWARD}", f"`paper`{EACH_FORWARD}")
 
 
 class Network:
-    """A variant on the device, with what a training step of it needs."""
+    """A network that is compared, with what a training step of it needs."""
 
     def __init__(self, name: str, arch: str):
         self.model = create(name.removesuffix(EACH_FORWARD), arch)

@@ -38,6 +38,7 @@ def test_gpu(rows, monkeypatch):
     words = ["--micro-batch", 2, "--steps", 1, "--seconds", 0]
     table = rows(gpu.main, "speed", "--mode", "bf16, channels last", *words)
     assert table[-1][:2] == ["bf16, channels last", "2 x 2"]
+    assert table[-1][2].endswith("(1.000)")
 
 
 @pytest.mark.slow
@@ -52,3 +53,4 @@ def test_pipeline(rows, monkeypatch):
     monkeypatch.setattr(pipeline, "IMAGES", 8)
     table = rows(pipeline.main, "--seconds", 0)
     assert [row[0] for row in table if row[0].startswith("training")] == ["training, classic", "training, this"]
+    assert all(float(row[1]) > 0 for row in table if row[1] != "images/s")

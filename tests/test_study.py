@@ -1,11 +1,17 @@
 """The study: its runs, and the tables that are stored in the repository."""
 
 import json
+import re
 import shutil
+import signal
+import statistics
+import struct
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import study
+from benchmarks import fashion_mnist, study
 from tests.helpers import ROOT
 from utils.errors import BadInput, RunFailed
 
@@ -33,6 +39,8 @@ def test_a_study_goes_on_by_the_same_command(images, tmp_path, monkeypatch, caps
     assert "2/2  l_tiny/none/lr1e+30-seed1000: diverged  ETA" in text
     assert text.endswith((out / "results.md").read_text())
     assert text.count("| 2 of 2 |") == 2
+    # All variants of a seed come before the next seed.
+    assert re.findall(r"/4  .*-seed(\d): ", text) == list("0011")
     assert not list(out.rglob("*.pth.tar"))
     # Only what is missing is made, and the tables are made from the logs.
     shutil.rmtree(out / "l_tiny/none-no-WS/lr0.001-seed1")
@@ -46,6 +54,24 @@ def test_a_study_goes_on_by_the_same_command(images, tmp_path, monkeypatch, caps
         run("--data", images, "--out", tmp_path / "new", "--", "--no-standardize")
 
 
+def test_a_stopped_run_ends_the_study(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study.imagenet, "main", lambda words: 128 + signal.SIGTERM)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        run("--data", images, "--out", tmp_path / "study", "--", *RECIPE)
+    assert capsys.readouterr().err == "benchmarks.study: stopped; the same command goes on\n"
+    with pytest.raises(BadInput, match="holds no study"):
+        run("--out", tmp_path / "new")
+
+
+def test_an_interval_against_the_textbook():
+    """Student's t has the quantile 2.776 at 97.5 % and four degrees of freedom."""
+    stored = study.Study(STORED, json.loads((STORED / "study.json").read_text()))
+    plain, bare = (list(stored.accuracies(variant).values()) for variant in study.VARIANTS[:2])
+    differences = [other - one for one, other in zip(plain, bare, strict=True)]
+    expected = statistics.mean(differences), 2.776 * statistics.stdev(differences) / 5**0.5
+    assert stored.difference(study.VARIANTS[1]) == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_stored_study_gives_the_stored_tables(tmp_path, capsys):
     shutil.copytree(STORED, tmp_path / "study")
     assert run("--out", tmp_path / "study") == 0
@@ -55,3 +81,21 @@ def test_the_stored_study_gives_the_stored_tables(tmp_path, capsys):
     settings = json.loads((STORED / "study.json").read_text())
     runs = settings["seeds"] * len(study.VARIANTS) + 2 * len(settings["rates"])
     assert len(list(STORED.rglob("log.txt"))) == runs
+
+
+def test_fashion_mnist(tmp_path):
+    raw, pixels = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
+    raw.mkdir(parents=True)
+    for name in ("train", "t10k"):
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *pixels.shape) + pixels.tobytes())
+        labels = bytes(index % 10 for index in range(30))
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 30) + labels)
+    out = tmp_path / "some" / "images"
+    words = ["--download", str(tmp_path), "--out", str(out), "--per-class", "2"]
+    assert fashion_mnist.main(words) == 0
+    assert [len(list((out / split).rglob("*.png"))) for split in ("train", "val")] == [20, 30]
+    assert (out / "val/T-shirt-top/00020.png").exists()
+    with Image.open(out / "train/Ankle boot/00019.png") as image:
+        assert np.array_equal(np.asarray(image), pixels[19])
+    with pytest.raises(BadInput, match=r"--out: .* exists"):
+        fashion_mnist.main(words)

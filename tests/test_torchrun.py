@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -162,6 +163,23 @@ def test_a_signal_to_all(command, images, tmp_path, number):
     epoch = checkpoint(tmp_path)["epoch"]
     assert epoch >= 1
     assert command("--resume", tmp_path, "--epochs", epoch + 1).status == 0
+
+
+def test_a_signal_to_one(images, tmp_path):
+    with training(2, images, tmp_path) as process:
+        os.kill(max(of_session(process.pid)), signal.SIGUSR1)
+        assert_stopped(process, tmp_path, "SIGUSR1")
+
+
+def test_an_image_that_one_process_can_not_decode(images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "train" / "ring" / "3.jpg").write_bytes(b"")
+    with torchrun(2, "as-it-is", *EXCITED, "-d", folder, "--epochs", 2, "-c", tmp_path / "run") as process:
+        ended = finish(process)
+        assert ended.status == 1
+        (line,) = ended.ours
+        assert "can't decode the image" in line
+        wait_for(lambda: not left(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
