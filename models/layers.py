@@ -327,7 +327,7 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     _refuse_wrappers(modules)
     convs = [module for module in modules if isinstance(module, ExcitedConv) and _can_be_excited_once(module)]
     weights = _excited_weights(model, convs)
-    leaves = [weight.detach().requires_grad_(weight.requires_grad) for weight in weights]
+    leaves = [weight.detach().requires_grad_(_needs_grad(conv)) for conv, weight in zip(convs, weights, strict=True)]
     hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, convs))
     try:
         for conv, leaf in zip(convs, leaves, strict=True):
@@ -350,8 +350,35 @@ def _can_be_excited_once(conv: ExcitedConv) -> bool:
     return conv.excites and conv.excited is None and "weight" in conv._parameters
 
 
+def _needs_grad(conv: ExcitedConv) -> bool:
+    """Whether the layer's own weight or gate is trained: of frozen layers, no activation is kept for a gradient."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (conv.weight, *_gate_parameters(conv)))
+
+
+def _gate_parameters(conv: ExcitedConv) -> list[Tensor]:
+    return [] if conv.gate is None else list(conv.gate.parameters())
+
+
+USE_KERNELS = True
+
+
+@functools.cache
+def _gpu():
+    """The kernels' module; None where there is no Triton."""
+    try:
+        from . import gpu
+    except ImportError:
+        return None
+    return gpu
+
+
 def _excited_weights(model: nn.Module, convs: list[ExcitedConv]) -> list[Tensor]:
     """The excited weight of each of the model's layers: on a GPU all together, elsewhere one after another."""
+    if USE_KERNELS and convs and convs[0].weight.is_cuda and (gpu := _gpu()):
+        if not torch.cuda.is_current_stream_capturing() and all(_has_plain_gate(conv) for conv in convs):
+            layers = [gpu.Layer(conv.steps, [conv.weight, *_gate_tensors(conv)]) for conv in convs]
+            if all(map(gpu.can_excite, layers)):
+                return gpu.excite_weights(layers)
     if are_stacked(convs):
         layers = [stacked.Layer(conv.steps, [_in_4d(conv.weight), *_gate_tensors(conv)]) for conv in convs]
         with full_precision(convs[0].weight):
