@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 
 from . import kernels
 from .excitation import MAGNITUDE_EPSILON, MAP_MARGIN, STD_EPSILON, Steps, check_filters
@@ -22,8 +22,10 @@ KINDS = {None: NO_GATE, "channel": CHANNEL, "location": LOCATION}
 BLOCK = 1024  # elements that a program has at once
 WARPS = 4
 # Rows, columns and inner size of a matrix product's tile. The channel gate has a single row of features.
-TILES = {CHANNEL: {"M": 16, "N": 32, "K": 128}, LOCATION: {"M": 64, "N": 64, "K": 32}}
-TILES_OF_LAYERS = {CHANNEL: {"M": 32, "N": 128, "K": 16}, LOCATION: {"M": 64, "N": 64, "K": 32}}
+TILES = {CHANNEL: {"M": 1, "N": 32, "K": 128}, LOCATION: {"M": 64, "N": 64, "K": 32}}
+TILES_OF_LAYERS = {CHANNEL: {"M": 32, "N": 64, "K": 1}, LOCATION: {"M": 64, "N": 64, "K": 32}}
+# Float32 by three products of tensor cores, which is as exact; they know only one kind of float64.
+PRECISION = {torch.float32: "tf32x3", torch.float64: "ieee"}
 ALIGNMENT = 64  # elements: 256 bytes of float32
 
 
@@ -143,7 +145,7 @@ def forward(steps: Steps, layers: list[tuple[Tensor, ...]], weights: list[Tensor
             shape = {"LAYERS": columns, "BLOCK": BLOCK, "num_warps": WARPS}
             kernels.relative[len(layers),](table, statistic, size, EPSILON=MAGNITUDE_EPSILON, **shape)
         if steps.gate:
-            tile = TILES[kind]
+            tile = TILES[kind] | {"PRECISION": PRECISION[like.dtype]}
             kernels.hidden_features[gates.tiles("rows", "hidden", tile)](table, statistic, hidden, columns, **tile)
             kernels.gates[gates.tiles("rows", "features", tile)](table, hidden, values, columns, **tile)
         if steps.mapped:
@@ -167,12 +169,16 @@ def backward(
     table, columns = _table(layers, gates, grads, gate_grads)
     known = {"STANDARDIZED": steps.standardized, "GATE": kind, "LAYERS": columns, "BLOCK": BLOCK, "num_warps": WARPS}
     known |= {"MAPPED": steps.mapped, "MARGIN": MAP_MARGIN}
-    through = None
+    output = through = totals = None
     with torch.cuda.device_of(mean):
         if steps.gate:
             output, through, inner = torch.empty_like(values), torch.empty_like(values), torch.empty_like(hidden)
-            tile, other = TILES[kind], TILES_OF_LAYERS[kind]
-            kernels.gates_gradient[filters,](table, mean, scale, values, limit, output, **known)
+        if steps.gate or steps.standardized:
+            totals = torch.empty_like(scale)
+            kernels.sums[filters,](table, mean, scale, values, limit, totals, output, **known)
+        if steps.gate:
+            precision = {"PRECISION": PRECISION[mean.dtype]}
+            tile, other = TILES[kind] | precision, TILES_OF_LAYERS[kind] | precision
             kernels.hidden_gradient[gates.tiles("rows", "hidden", tile)](table, hidden, output, inner, columns, **tile)
             kernels.statistic_gradient[gates.tiles("rows", "features", tile)](table, inner, through, columns, **tile)
             kernels.layer_gradients[gates.tiles("hidden", "features", other)](
@@ -183,7 +189,7 @@ def backward(
             )
         if steps.gate == "channel":
             kernels.relative_gradient[len(layers),](table, statistic, size, through, columns, BLOCK)
-        kernels.raw_gradient[filters,](table, mean, scale, values, limit, through, **known)
+        kernels.raw_gradient[filters,](table, mean, scale, values, limit, statistic, through, totals, **known)
     none = [None] * len(layers[0])
     return [none if grad is None else [grad, *others] for grad, others in zip(grads, gate_grads, strict=True)]
 
@@ -204,7 +210,7 @@ class _Gates:
 
     def tiles(self, down: str, across: str, tile: dict[str, int]) -> tuple[int, int]:
         """A grid for the tiles of the largest layer's matrix, and for all layers."""
-        return max(cdiv(size[down], tile["M"]) * cdiv(size[across], tile["N"]) for size in self.sizes), len(self.sizes)
+        return max(_ceil(size[down], tile["M"]) * _ceil(size[across], tile["N"]) for size in self.sizes), len(self.sizes)
 
 
 def _table(
@@ -231,6 +237,11 @@ def _table(
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table, count
 
 
+def _ceil(count: int, size: int) -> int:
+    """How many of that size it takes."""
+    return -(-count // size)
+
+
 def _by_layer(steps: Steps, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     count = 5 if steps.gate else 1
     return [tensors[start : start + count] for start in range(0, len(tensors), count)]
@@ -238,7 +249,7 @@ def _by_layer(steps: Steps, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, .
 
 def _like(tensors: list[Tensor]) -> list[Tensor]:
     """Memory for tensors of these sizes and strides, all in one piece."""
-    sizes = [cdiv(tensor.numel(), ALIGNMENT) * ALIGNMENT for tensor in tensors]
+    sizes = [_ceil(tensor.numel(), ALIGNMENT) * ALIGNMENT for tensor in tensors]
     memory = tensors[0].new_empty(sum(sizes)).split(sizes) if tensors else ()
     return [part.as_strided(like.shape, like.stride()) for part, like in zip(memory, tensors, strict=True)]
 

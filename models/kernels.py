@@ -7,7 +7,7 @@ matrix product. With V the gated weight, MA the map's pole and G the gradient of
     forward    statistics, relative       mean and deviation of each filter, and the statistic that drives the gates
                hidden_features, gates     the gates' two layers
                largest, excited           max |V| of each layer; map(V)
-    backward   gates_gradient             that of the second layer's output, from G
+    backward   sums                       of a filter's gradient, and the gradient of the gates' second layer's output
                hidden_gradient, statistic_gradient, layer_gradients, relative_gradient
                raw_gradient               that of the raw weight, in place of G
 
@@ -231,11 +231,24 @@ def excited(
 
 
 @triton.jit
-def gates_gradient(
-    TABLE, mean, scale, gates, limits, gradient, STANDARDIZED: tl.constexpr, GATE: tl.constexpr, MAPPED: tl.constexpr,
-    MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+def _slope(standard, gain, upstream, pole, MAPPED: tl.constexpr):
+    """dL/dV: the map's df/dV is 1 / (1 - (V / MA)^2)."""
+    if MAPPED:
+        ratio = standard * gain / pole
+        upstream /= 1 - ratio * ratio
+    return upstream
+
+
+@triton.jit
+def sums(
+    TABLE, mean, scale, gates, limits, totals, gradient, STANDARDIZED: tl.constexpr, GATE: tl.constexpr,
+    MAPPED: tl.constexpr, MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """That of what the sigmoid of a filter's gates is taken of: (dL/dV . Z) a (1 - a), with Z the weight as gated."""
+    """Of a filter, with Z the weight as it is gated and a the gates: the sums of a dL/dV and of a dL/dV Z.
+
+    They go to the two rows of ``totals``; to ``gradient`` goes that of what the sigmoid of the gates is taken of, which
+    is a (1 - a) times the sum of dL/dV Z over all that has the gate.
+    """
     filter = tl.program_id(0)
     layer, place = _layer(TABLE, filter, LAYERS)
     if _entry(TABLE, EXCITED, layer, LAYERS) == 0:
@@ -246,43 +259,49 @@ def gates_gradient(
     locations = _entry(TABLE, LOCATIONS, layer, LAYERS).to(tl.int32)
     input_stride = _entry(TABLE, INPUT_STRIDE, layer, LAYERS).to(tl.int32)
     location_stride = _entry(TABLE, LOCATION_STRIDE, layer, LAYERS).to(tl.int32)
-    center, factor, pole = 0.0, 1.0, 1.0
+    center, factor, pole, gate = 0.0, 1.0, 1.0, 1.0
     if STANDARDIZED:
         center, factor = tl.load(mean + filter), tl.load(scale + filter)
     if MAPPED:
         pole = _pole(limits, layer, MARGIN)
-    gates += _entry(TABLE, GATES, layer, LAYERS)
-    gradient += _entry(TABLE, GATES, layer, LAYERS)
-    if GATE == CHANNEL:  # all elements have one gate
+    if GATE != NO_GATE:
+        gates += _entry(TABLE, GATES, layer, LAYERS)
+        gradient += _entry(TABLE, GATES, layer, LAYERS)
+    if GATE != LOCATION:  # the order of the elements doesn't matter
         inputs, locations, input_stride = inputs * locations, 1, 1
-    dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    if GATE == CHANNEL:
+        gate = tl.load(gates + place)
+    total = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    along = tl.zeros((BLOCK,), mean.dtype.element_ty)
     for start in range(0, inputs, BLOCK):
         input = start + tl.arange(0, BLOCK)
         inside = input < inputs
-        if GATE == CHANNEL:
-            gate = tl.load(gates + place)
-        else:
-            gate = tl.load(gates + place * inputs + input, mask=inside, other=0)
-            dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
+        gains = gate
+        if GATE == LOCATION:
+            gains = tl.load(gates + place * inputs + input, mask=inside, other=0)
+        slopes = tl.zeros((BLOCK,), mean.dtype.element_ty)
+        dots = tl.zeros((BLOCK,), mean.dtype.element_ty)
         for location in range(locations):
             element = input * input_stride + location * location_stride
-            weight = (tl.load(raw + element, mask=inside, other=0) - center) * factor
-            slope = tl.load(upstream + element, mask=inside, other=0)
-            if MAPPED:  # df/dV = 1 / (1 - (V / MA)^2)
-                ratio = tl.where(inside, weight * gate / pole, 0)
-                slope /= 1 - ratio * ratio
-            dot += slope * weight
+            standard = tl.load(raw + element, mask=inside, other=0)
+            standard = tl.where(inside, (standard - center) * factor, 0)
+            slope = _slope(standard, gains, tl.load(upstream + element, mask=inside, other=0), pole, MAPPED)
+            slopes += slope
+            dots += slope * standard
+        total += slopes * gains
+        along += dots * gains
         if GATE == LOCATION:
-            tl.store(gradient + place * inputs + input, dot * gate * (1 - gate), mask=inside)
+            tl.store(gradient + place * inputs + input, dots * gains * (1 - gains), mask=inside)
+    tl.store(totals + filter, tl.sum(total, 0))
+    tl.store(totals + tl.num_programs(0) + filter, tl.sum(along, 0))
     if GATE == CHANNEL:
-        gate = tl.load(gates + place)
-        tl.store(gradient + place, tl.sum(dot, 0) * gate * (1 - gate))
+        tl.store(gradient + place, tl.sum(along, 0) * (1 - gate))
 
 
 @triton.jit
 def raw_gradient(
-    TABLE, mean, scale, gates, limits, statistic_gradient, STANDARDIZED: tl.constexpr, GATE: tl.constexpr,
-    MAPPED: tl.constexpr, MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+    TABLE, mean, scale, gates, limits, statistic, statistic_gradient, totals, STANDARDIZED: tl.constexpr,
+    GATE: tl.constexpr, MAPPED: tl.constexpr, MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """That of a filter of the raw weight, written over that of the excited one.
 
@@ -294,72 +313,78 @@ def raw_gradient(
         return
     raw, count = _filter(TABLE, RAW, layer, place, mean, LAYERS), _elements(TABLE, layer, LAYERS)
     upstream = _filter(TABLE, EXCITED, layer, place, mean, LAYERS)
-    center, factor, along, pole = 0.0, 1.0, 0.0, 1.0
-    if STANDARDIZED:
-        center, factor = tl.load(mean + filter), tl.load(scale + filter)
-        along = tl.load(scale + tl.num_programs(0) + filter)
-    if MAPPED:
-        pole = _pole(limits, layer, MARGIN)
-    magnitude = 0.0
-    if GATE != NO_GATE:
-        statistic_gradient += _entry(TABLE, GATES, layer, LAYERS)
-    if GATE == CHANNEL:
-        magnitude = tl.load(statistic_gradient + place)
     inputs = _entry(TABLE, INPUTS, layer, LAYERS).to(tl.int32)
     locations = _entry(TABLE, LOCATIONS, layer, LAYERS).to(tl.int32)
     input_stride = _entry(TABLE, INPUT_STRIDE, layer, LAYERS).to(tl.int32)
-    total = tl.zeros((BLOCK,), mean.dtype.element_ty)
-    dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
-    for pass_ in tl.static_range(2):  # the first one for the sums
-        if STANDARDIZED or pass_ == 1:
-            average, dots = tl.sum(total, 0) / count, tl.sum(dot, 0) * along
-            for start in range(0, count, BLOCK):
-                element = start + tl.arange(0, BLOCK)
-                inside = element < count
-                weight = tl.load(raw + element, mask=inside, other=0)
-                standard = tl.where(inside, (weight - center) * factor, 0)
-                slope = tl.load(upstream + element, mask=inside, other=0)
-                gain = 1.0
-                if GATE != NO_GATE:
-                    gain = _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
-                if MAPPED:
-                    ratio = standard * gain / pole
-                    slope /= 1 - ratio * ratio
-                slope *= gain
-                if GATE == LOCATION:
-                    input = element // input_stride % inputs
-                    through = tl.load(statistic_gradient + place * inputs + input, mask=inside, other=0)
-                    slope += through / locations
-                if pass_ == 0:
-                    total += slope
-                    dot += slope * standard
-                else:
-                    if STANDARDIZED:
-                        slope = (slope - average) * factor - standard * dots
-                    if GATE == CHANNEL:
-                        sign = tl.where(weight > 0, 1.0, tl.where(weight < 0, -1.0, 0.0))
-                        slope += sign * magnitude
-                    tl.store(upstream + element, slope, mask=inside)
+    center, factor, average, along, pole = 0.0, 1.0, 0.0, 0.0, 1.0
+    if GATE != NO_GATE:
+        statistic += _entry(TABLE, GATES, layer, LAYERS)
+        statistic_gradient += _entry(TABLE, GATES, layer, LAYERS)
+    if STANDARDIZED:
+        center, factor = tl.load(mean + filter), tl.load(scale + filter)
+        average, along = tl.load(totals + filter), tl.load(totals + tl.num_programs(0) + filter)
+        if GATE == LOCATION:  # whose statistic is a mean of Z
+            through = tl.zeros((BLOCK,), mean.dtype.element_ty)
+            dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
+            for start in range(0, inputs, BLOCK):
+                input = start + tl.arange(0, BLOCK)
+                slope = tl.load(statistic_gradient + place * inputs + input, mask=input < inputs, other=0)
+                through += slope
+                dot += slope * tl.load(statistic + place * inputs + input, mask=input < inputs, other=0)
+            average += tl.sum(through, 0)
+            along += tl.sum(dot, 0)
+        average /= count
+        along *= tl.load(scale + tl.num_programs(0) + filter)
+    if MAPPED:
+        pole = _pole(limits, layer, MARGIN)
+    for start in range(0, count, BLOCK):
+        element = start + tl.arange(0, BLOCK)
+        inside = element < count
+        weight = tl.load(raw + element, mask=inside, other=0)
+        standard = tl.where(inside, (weight - center) * factor, 0)
+        slope = tl.load(upstream + element, mask=inside, other=0)
+        if GATE == NO_GATE:
+            slope = _slope(standard, 1.0, slope, pole, MAPPED)
+        else:
+            gain = _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
+            slope = _slope(standard, gain, slope, pole, MAPPED) * gain
+        if GATE == LOCATION:
+            input = element // input_stride % inputs
+            slope += tl.load(statistic_gradient + place * inputs + input, mask=inside, other=0) / locations
+        if STANDARDIZED:
+            slope = (slope - average) * factor - standard * along
+        if GATE == CHANNEL:  # whose statistic is of the magnitudes
+            sign = tl.where(weight > 0, 1.0, tl.where(weight < 0, -1.0, 0.0))
+            slope += sign * tl.load(statistic_gradient + place)
+        tl.store(upstream + element, slope, mask=inside)
 
 
 @triton.jit
 def _product(
     left, left_row, left_inner, right, right_inner, right_column, rows, inner, columns, top, begin,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile at (top, begin) of the product of two matrices, and the sums of the first one's rows there."""
     row, column = top + tl.arange(0, M), begin + tl.arange(0, N)
     result = tl.zeros((M, N), left.dtype.element_ty)
-    sums = tl.zeros((M,), left.dtype.element_ty)
+    parts = tl.zeros((K, N), left.dtype.element_ty)
+    totals = tl.zeros((M, K), left.dtype.element_ty)
     for start in range(0, inner, K):
         k = start + tl.arange(0, K)
         a = left + row[:, None] * left_row + k[None, :] * left_inner
         b = right + k[:, None] * right_inner + column[None, :] * right_column
         a = tl.load(a, mask=(row[:, None] < rows) & (k[None, :] < inner), other=0)
         b = tl.load(b, mask=(k[:, None] < inner) & (column[None, :] < columns), other=0)
-        result += tl.dot(a, b, input_precision="ieee", out_dtype=left.dtype.element_ty)
-        sums += tl.sum(a, 1)
-    return result, sums
+        totals += a
+        if K == 1:
+            result += a * b
+        elif M == 1:
+            parts += tl.trans(a) * b
+        else:
+            result += tl.dot(a, b, input_precision=PRECISION, out_dtype=left.dtype.element_ty)
+    if M == 1:
+        result += tl.sum(parts, 0)[None, :]
+    return result, tl.sum(totals, 1)
 
 
 @triton.jit
@@ -380,7 +405,7 @@ def _sizes(TABLE, layer, LAYERS: tl.constexpr):
 
 @triton.jit
 def hidden_features(
-    TABLE, statistic, hidden, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+    TABLE, statistic, hidden, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """relu(FC1(statistic)), (rows, hidden)."""
     layer = tl.program_id(1)
@@ -392,7 +417,7 @@ def hidden_features(
         weight = _entry(TABLE, PARAMETERS, layer, LAYERS).to(statistic.dtype)
         bias = _entry(TABLE, PARAMETERS + 1, layer, LAYERS).to(statistic.dtype)
         tile, _ = _product(
-            statistic, features, 1, weight, 1, features, rows, features, width, top, begin, M, N, K
+            statistic, features, 1, weight, 1, features, rows, features, width, top, begin, M, N, K, PRECISION
         )  # fmt: skip
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         tile = tl.maximum(tile + tl.load(bias + column, mask=column < width, other=0), 0)
@@ -401,7 +426,7 @@ def hidden_features(
 
 @triton.jit
 def gates(
-    TABLE, hidden, gates, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+    TABLE, hidden, gates, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """sigmoid(FC2(hidden)), (rows, features)."""
     layer = tl.program_id(1)
@@ -412,7 +437,7 @@ def gates(
         gates += _entry(TABLE, GATES, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS + 2, layer, LAYERS).to(hidden.dtype)
         bias = _entry(TABLE, PARAMETERS + 3, layer, LAYERS).to(hidden.dtype)
-        tile, _ = _product(hidden, width, 1, weight, 1, width, rows, width, features, top, begin, M, N, K)
+        tile, _ = _product(hidden, width, 1, weight, 1, width, rows, width, features, top, begin, M, N, K, PRECISION)
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         tile = 1 / (1 + tl.exp(-(tile + tl.load(bias + column, mask=column < features, other=0))))
         tl.store(gates + row * features + column, tile, mask=(row < rows) & (column < features))
@@ -420,7 +445,7 @@ def gates(
 
 @triton.jit
 def hidden_gradient(
-    TABLE, hidden, gates_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+    TABLE, hidden, gates_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """That of FC1's output, (rows, hidden)."""
     layer = tl.program_id(1)
@@ -432,7 +457,7 @@ def hidden_gradient(
         gates_gradient += _entry(TABLE, GATES, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS + 2, layer, LAYERS).to(hidden.dtype)
         tile, _ = _product(
-            gates_gradient, features, 1, weight, width, 1, rows, features, width, top, begin, M, N, K
+            gates_gradient, features, 1, weight, width, 1, rows, features, width, top, begin, M, N, K, PRECISION
         )  # fmt: skip
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         inside = (row < rows) & (column < width)
@@ -442,7 +467,7 @@ def hidden_gradient(
 
 @triton.jit
 def statistic_gradient(
-    TABLE, hidden_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+    TABLE, hidden_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """That of what FC1 is given, (rows, features)."""
     layer = tl.program_id(1)
@@ -453,7 +478,7 @@ def statistic_gradient(
         gradient += _entry(TABLE, GATES, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS, layer, LAYERS).to(gradient.dtype)
         tile, _ = _product(
-            hidden_gradient, width, 1, weight, features, 1, rows, width, features, top, begin, M, N, K
+            hidden_gradient, width, 1, weight, features, 1, rows, width, features, top, begin, M, N, K, PRECISION
         )  # fmt: skip
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         tl.store(gradient + row * features + column, tile, mask=(row < rows) & (column < features))
@@ -462,7 +487,7 @@ def statistic_gradient(
 @triton.jit
 def layer_gradients(
     TABLE, output_gradient, input, INDEX: tl.constexpr,
-    LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Those of the weight and the bias of FC1 (INDEX 0) or FC2 (INDEX 2), from its input and its output's gradient."""
     layer = tl.program_id(1)
@@ -478,7 +503,7 @@ def layer_gradients(
         weight = _entry(TABLE, GRADIENTS + INDEX, layer, LAYERS).to(input.dtype)
         bias = _entry(TABLE, GRADIENTS + INDEX + 1, layer, LAYERS).to(input.dtype)
         tile, sums = _product(
-            output_gradient, 1, outputs, input, inputs, 1, outputs, rows, inputs, top, begin, M, N, K
+            output_gradient, 1, outputs, input, inputs, 1, outputs, rows, inputs, top, begin, M, N, K, PRECISION
         )  # fmt: skip
         row, column = top + tl.arange(0, M), begin + tl.arange(0, N)
         inside = (row[:, None] < outputs) & (column[None, :] < inputs)

@@ -356,7 +356,7 @@ def _needs_grad(conv: ExcitedConv) -> bool:
 
 
 def _gate_parameters(conv: ExcitedConv) -> list[Tensor]:
-    return [] if conv.gate is None else list(conv.gate.parameters())
+    return _gate_tensors(conv) if _has_plain_gate(conv) else list(conv.gate.parameters())
 
 
 USE_KERNELS = True
