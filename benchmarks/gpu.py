@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpu check                           against float64 on the CPU, in all ways to use a GPU
 python -m benchmarks.gpu speed [--mode NAME ...] [--micro-batch N ...] [--steps N] [--seconds X]
+python -m benchmarks.gpu files [--mode NAME] [--seconds X]     training from JPEGs, and from memory
 
 Without a GPU, the same small and on the CPU. A step is the trainer's own, of images in memory.
 """
@@ -11,24 +12,36 @@ import contextlib
 import copy
 import functools
 import gc
+import io
+import itertools
 import os
+import shutil
+import tempfile
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from unittest import mock
 
 import torch
+import torchvision
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import imagenet
 import models
+from benchmarks import pipeline
 from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
 from models.layers import excited_once
 from utils import command, distributed
-from utils.arguments import Parser, number
+from utils.arguments import Parser, cores, number
 from utils.classifier import Classifier, classify
+from utils.data import MEAN, STD, Data
 from utils.signals import Stop
-from utils.workers import Batch
+from utils.workers import PREFETCHED, Batch, end_workers
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if IS_GPU else torch.device("cpu")
@@ -36,6 +49,7 @@ ARCH, SIZE, STEP, MICRO_BATCHES = (
     ("l_resnet50", 224, 256, [32, 64, 128, 256]) if IS_GPU else ("l_resnet18", 32, 4, [2, 4])
 )
 MIB = 2**20
+COPIES = 63 if IS_GPU else 0  # more names of each JPEG, so that an epoch is long
 # Options of imagenet.py.
 MODES = {
     "float32": "",
@@ -213,9 +227,67 @@ def speed_row(mode: str, images: int, together: int, seconds: float) -> list[str
     return cells
 
 
+def from_files(folder: Path, options: list[str]) -> Iterator[Batch]:
+    """The trainer's own batches of an image folder, epoch after epoch."""
+    words = ["-d", str(folder), "--train-batch", str(STEP), "--image-size", str(SIZE), "--epochs", "1000000"]
+    args = imagenet.build_parser().parse_args([*words, *options])
+    data = Data(args, DEVICE)
+    for epoch in range(args.epochs):
+        for step in data.training(epoch):
+            yield from step
+        deque(data.validation(), 0)
+
+
+def from_torchvision(folder: Path, workers: int) -> Iterator[Batch]:
+    """The same from torchvision's classes, with the transforms of its reference script for classification."""
+    normalized = transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)
+    crop = transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()
+    dataset = torchvision.datasets.ImageFolder(folder, transforms.Compose([*crop, transforms.PILToTensor(), *normalized]))
+    loader = DataLoader(dataset, STEP, shuffle=True, num_workers=workers, pin_memory=IS_GPU, drop_last=True)
+    while True:
+        for images, targets in loader:
+            yield Batch(images, targets, 0, [])
+
+
+def files_table(mode: str, seconds: float) -> list[list[str]]:
+    """Images/s of training steps by where the images come from, each after its queues were emptied once."""
+    run, workers = run_of(create("`channel`", ARCH), MODES[mode]), cores()
+    rows = [[f"{ARCH}, {mode}, {workers} workers", "images/s", "over from memory"]]
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(place, "train")
+        folder.mkdir()
+        pipeline.draw_jpegs(folder)
+        for image in list(folder.glob("*/*")):
+            for copy_ in range(COPIES):
+                image.with_name(f"{image.stem}-{copy_}.jpg").hardlink_to(image)
+        shutil.copytree(folder, Path(place, "val"), ignore=lambda _, names: [name for name in names if "-" in name])
+        sources = {
+            "from memory": itertools.cycle(batches(STEP, SIZE, 2)),
+            "from files, this": from_files(Path(place), ["-j", str(workers)]),
+            "from files, torchvision's": from_torchvision(folder, workers),
+        }
+        speeds = {}
+        for name, source in sources.items():
+            train_for(run, source, 2 * (PREFETCHED * workers + 1) if IS_GPU else 2)
+            start, steps = time.perf_counter(), 0
+            while time.perf_counter() < start + seconds or steps == 0:
+                train_for(run, source, 4)
+                steps += 4
+            speeds[name] = steps * STEP / (time.perf_counter() - start)
+        end_workers()
+    return rows + [[name, f"{speed:.0f}", f"{speed / speeds['from memory']:.2f}"] for name, speed in speeds.items()]
+
+
+def train_for(run: imagenet.Run, source: Iterator[Batch], steps: int) -> None:
+    """So many steps of the next batches, all done when it returns."""
+    for batch in itertools.islice(source, steps):
+        imagenet.train_step(run, iter([batch]), Stop())
+    run.read()
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("check", "speed"))
+    parser.add_argument("what", choices=("check", "speed", "files"))
     count = {"type": number(int, 1), "metavar": "N"}
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="[all]")
     parser.add_argument("--micro-batch", **count, nargs="+", default=MICRO_BATCHES, help="images [32 64 128 256]")
@@ -227,6 +299,9 @@ def main(argv: list[str]) -> int:
     print(f"{name}; torch {torch.__version__}", flush=True)
     if args.what == "check":
         return check()
+    if args.what == "files":
+        print(markdown(files_table(args.mode[-1], args.seconds)))
+        return 0
     print(f"{ARCH} at {SIZE} pixels, {STEP} images to an optimizer step")
     names = [f"{name}, {unit}" for unit in ("images/s", "MiB")[: 1 + IS_GPU] for name in VARIANTS]
     print("\nImages/s of whole steps and peak memory; in brackets, over the plain network's.\n")
