@@ -19,10 +19,22 @@ import torch
 from torch import Tensor
 
 from . import excitation
-from .excitation import GATES, MAGNITUDE_EPSILON, STD_EPSILON, Steps, check_filters, map_limit
+from .excitation import GATES, MAGNITUDE_EPSILON, STD_EPSILON, Gate, Steps, check_filters, map_limit
 
 FILTER = (2, 3, 4)  # the dimensions of a filter in a stack
 LAYER = (1, 2, 3, 4)
+
+
+class Layer(NamedTuple):
+    """A layer's weight, and what is done to it."""
+
+    steps: Steps
+    weight: Tensor
+    gate: Gate | None
+
+    def tensors(self) -> list[Tensor]:
+        """The weight, then weights and biases of the gate's two layers."""
+        return [self.weight, *(() if self.gate is None else self.gate.tensors())]
 
 
 class Saved(NamedTuple):
@@ -88,6 +100,11 @@ def _plain_backward(ctx, upstream: Tensor, raw: Tensor, layers: list[Tensor]) ->
         grads = torch.autograd.grad(plain, [inputs[index] for index in needed], upstream, create_graph=create_graph)
     found = dict(zip(needed, grads, strict=True))
     return found.get(0), None, None, *(found.get(index) for index in range(1, len(inputs)))
+
+
+def in_4d(weight: Tensor) -> Tensor:
+    """A weight of one or three dimensions beside the channels as one of two; the order of places doesn't matter."""
+    return weight if weight.ndim == 4 else weight.flatten(2).unsqueeze(3)
 
 
 def full_precision(weight: Tensor) -> contextlib.AbstractContextManager:

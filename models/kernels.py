@@ -1,18 +1,19 @@
 """Triton kernels that excite the weights of many layers at once; gpu.py says in which order they run.
 
-What takes a GPU's time here is memory and launches: so a kernel works on all layers, whose tensors it finds by their
-addresses, and both passes together read or write the weights nine times. Each program has one filter, or one tile of a
-matrix product. With V the gated weight, MA the map's pole and G the gradient of the excited weight:
+What takes a GPU's time here is memory and launches. So a kernel works on all layers, whose tensors it finds by their
+addresses, and its programs have one filter each, or one tile of a matrix product. Both passes together go through the
+weights nine times. With V the gated weight and MA the map's pole:
 
     forward    statistics, relative       mean and deviation of each filter, and the statistic that drives the gates
                hidden_features, gates     the gates' two layers
-               largest, excited           max |V| of each layer; map(V)
-    backward   sums                       of a filter's gradient, and the gradient of the gates' second layer's output
-               hidden_gradient, statistic_gradient, layer_gradients, relative_gradient
-               raw_gradient               that of the raw weight, in place of G
+               largest, excited           max |V| of each layer, then map(V)
+    backward   gates_gradient             the gradient of the gates' second layer's output
+               hidden_gradient, layer_gradients, statistic_gradient, relative_gradient
+                                          those of the gates' first layer's output, of both layers, of the statistic
+               raw_gradient               that of the raw weight, in place of that of the excited weight
 
-A filter's elements lie side by side, in either memory layout; the layouts differ in where an input channel's are.
-Importing this file needs Triton, which PyTorch brings for Linux. With TRITON_INTERPRET=1 a CPU runs the kernels.
+The elements of a filter lie side by side in either memory layout; the layouts differ in where an input channel's are.
+Importing this file needs Triton, which PyTorch brings for Linux. With TRITON_INTERPRET=1, a CPU runs the kernels.
 """
 
 import triton
@@ -26,9 +27,9 @@ INPUTS = tl.constexpr(3)  # input channels of a filter
 LOCATIONS = tl.constexpr(4)  # elements of a filter for each of them
 INPUT_STRIDE = tl.constexpr(5)  # elements from one input channel to the next
 LOCATION_STRIDE = tl.constexpr(6)
-GATE_ROWS = tl.constexpr(7)  # the layers of the gate see so many rows: 1 of the channel gate, one a filter of the other
-GATE_FEATURES = tl.constexpr(8)  # of so many numbers,
-GATE_HIDDEN = tl.constexpr(9)  # which they turn into so many
+GATE_ROWS = tl.constexpr(7)  # rows of the gate's statistic: 1 of the channel gate, one for each filter of the other
+GATE_FEATURES = tl.constexpr(8)  # columns of it, as many as the gate has outputs
+GATE_HIDDEN = tl.constexpr(9)  # columns between the gate's two layers
 GATES = tl.constexpr(10)  # place of the layer's first gate among all layers'
 HIDDEN = tl.constexpr(11)  # place of its first hidden feature
 PARAMETERS = tl.constexpr(12)  # addresses of weight 1, bias 1, weight 2, bias 2
@@ -36,6 +37,11 @@ GRADIENTS = tl.constexpr(16)  # addresses of their gradients
 ROWS = 20
 
 NO_GATE, CHANNEL, LOCATION = (tl.constexpr(kind) for kind in range(3))
+
+
+@triton.jit
+def nothing():
+    """Shows whether kernels can be launched."""
 
 
 @triton.jit
@@ -78,10 +84,32 @@ def _gains(gates, TABLE, layer, place, element, inside, GATE: tl.constexpr, LAYE
 
 
 @triton.jit
+def _gated(
+    raw, element, inside, mean, scale, gates, TABLE, filter, layer, place, STANDARDIZED: tl.constexpr,
+    GATE: tl.constexpr, LAYERS: tl.constexpr,
+):  # fmt: skip
+    """V of a filter's elements."""
+    weight = tl.load(raw + element, mask=inside, other=0)
+    if STANDARDIZED:
+        weight = (weight - tl.load(mean + filter)) * tl.load(scale + filter)
+    if GATE != NO_GATE:
+        weight *= _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
+    return weight
+
+
+@triton.jit
 def _pole(limits, layer, MARGIN: tl.constexpr):
     """MA; of a layer of zeros, whose map is zero at any pole, 1."""
     limit = tl.load(limits + layer) * MARGIN
     return tl.where(limit > 0, limit, 1)
+
+
+@triton.jit
+def _twice_atanh(ratio):
+    """log(1 + x) with x = 2 q / (1 - q); the factor mends what 1 + x loses in rounding (Kahan)."""
+    x = 2 * ratio / (1 - ratio)
+    near = 1 + x
+    return tl.where(near == 1, x, tl.log(near) * x / tl.where(near == 1, 1, near - 1))
 
 
 @triton.jit
@@ -156,9 +184,7 @@ def relative(TABLE, statistic, size, EPSILON: tl.constexpr, LAYERS: tl.constexpr
 
 
 @triton.jit
-def relative_gradient(
-    TABLE, statistic, size, gradient, LAYERS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def relative_gradient(TABLE, statistic, size, gradient, LAYERS: tl.constexpr, BLOCK: tl.constexpr):
     """That of an element's magnitude, in place of the gradient of the statistic."""
     layer = tl.program_id(0)
     if _entry(TABLE, EXCITED, layer, LAYERS) == 0:
@@ -192,11 +218,9 @@ def largest(
     for start in range(0, count, BLOCK):
         element = start + tl.arange(0, BLOCK)
         inside = element < count
-        weight = tl.load(raw + element, mask=inside, other=0)
-        if STANDARDIZED:
-            weight = (weight - tl.load(mean + filter)) * tl.load(scale + filter)
-        if GATE != NO_GATE:
-            weight *= _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
+        weight = _gated(
+            raw, element, inside, mean, scale, gates, TABLE, filter, layer, place, STANDARDIZED, GATE, LAYERS
+        )
         most = tl.maximum(most, tl.where(inside, tl.abs(weight), 0))
     tl.atomic_max(limits + layer, tl.max(most, 0))
 
@@ -214,41 +238,22 @@ def excited(
     for start in range(0, count, BLOCK):
         element = start + tl.arange(0, BLOCK)
         inside = element < count
-        weight = tl.load(raw + element, mask=inside, other=0)
-        if STANDARDIZED:
-            weight = (weight - tl.load(mean + filter)) * tl.load(scale + filter)
-        if GATE != NO_GATE:
-            weight *= _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
+        weight = _gated(
+            raw, element, inside, mean, scale, gates, TABLE, filter, layer, place, STANDARDIZED, GATE, LAYERS
+        )
         if MAPPED:
             pole = _pole(limits, layer, MARGIN)
-            ratio = tl.where(inside, weight / pole, 0)
-            # atanh q = log(1 + x) / 2 with x = 2 q / (1 - q); the factor mends the rounding of 1 + x (Kahan).
-            x = 2 * ratio / (1 - ratio)
-            near = 1 + x
-            log = tl.where(near == 1, x, tl.log(near) * x / tl.where(near == 1, 1, near - 1))
-            weight = pole * 0.5 * log
+            twice = _twice_atanh(tl.where(inside, weight / pole, 0))
+            weight = pole * 0.5 * twice
         tl.store(result + element, weight, mask=inside)
 
 
 @triton.jit
-def _slope(standard, gain, upstream, pole, MAPPED: tl.constexpr):
-    """dL/dV: the map's df/dV is 1 / (1 - (V / MA)^2)."""
-    if MAPPED:
-        ratio = standard * gain / pole
-        upstream /= 1 - ratio * ratio
-    return upstream
-
-
-@triton.jit
-def sums(
-    TABLE, mean, scale, gates, limits, totals, gradient, STANDARDIZED: tl.constexpr, GATE: tl.constexpr,
-    MAPPED: tl.constexpr, MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+def gates_gradient(
+    TABLE, mean, scale, gates, limits, gradient, STANDARDIZED: tl.constexpr, GATE: tl.constexpr, MAPPED: tl.constexpr,
+    MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a filter, with Z the weight as it is gated and a the gates: the sums of a dL/dV and of a dL/dV Z.
-
-    They go to the two rows of ``totals``; to ``gradient`` goes that of what the sigmoid of the gates is taken of, which
-    is a (1 - a) times the sum of dL/dV Z over all that has the gate.
-    """
+    """That of what the sigmoid of a filter's gates is taken of: (dL/dV . Z) a (1 - a), with Z the weight as gated."""
     filter = tl.program_id(0)
     layer, place = _layer(TABLE, filter, LAYERS)
     if _entry(TABLE, EXCITED, layer, LAYERS) == 0:
@@ -259,49 +264,43 @@ def sums(
     locations = _entry(TABLE, LOCATIONS, layer, LAYERS).to(tl.int32)
     input_stride = _entry(TABLE, INPUT_STRIDE, layer, LAYERS).to(tl.int32)
     location_stride = _entry(TABLE, LOCATION_STRIDE, layer, LAYERS).to(tl.int32)
-    center, factor, pole, gate = 0.0, 1.0, 1.0, 1.0
+    center, factor, pole = 0.0, 1.0, 1.0
     if STANDARDIZED:
         center, factor = tl.load(mean + filter), tl.load(scale + filter)
     if MAPPED:
         pole = _pole(limits, layer, MARGIN)
-    if GATE != NO_GATE:
-        gates += _entry(TABLE, GATES, layer, LAYERS)
-        gradient += _entry(TABLE, GATES, layer, LAYERS)
-    if GATE != LOCATION:  # the order of the elements doesn't matter
+    gates += _entry(TABLE, GATES, layer, LAYERS)
+    gradient += _entry(TABLE, GATES, layer, LAYERS)
+    if GATE == CHANNEL:  # all elements have one gate
         inputs, locations, input_stride = inputs * locations, 1, 1
-    if GATE == CHANNEL:
-        gate = tl.load(gates + place)
-    total = tl.zeros((BLOCK,), mean.dtype.element_ty)
-    along = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
     for start in range(0, inputs, BLOCK):
         input = start + tl.arange(0, BLOCK)
         inside = input < inputs
-        gains = gate
-        if GATE == LOCATION:
-            gains = tl.load(gates + place * inputs + input, mask=inside, other=0)
-        slopes = tl.zeros((BLOCK,), mean.dtype.element_ty)
-        dots = tl.zeros((BLOCK,), mean.dtype.element_ty)
+        if GATE == CHANNEL:
+            gate = tl.load(gates + place)
+        else:
+            gate = tl.load(gates + place * inputs + input, mask=inside, other=0)
+            dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
         for location in range(locations):
             element = input * input_stride + location * location_stride
-            standard = tl.load(raw + element, mask=inside, other=0)
-            standard = tl.where(inside, (standard - center) * factor, 0)
-            slope = _slope(standard, gains, tl.load(upstream + element, mask=inside, other=0), pole, MAPPED)
-            slopes += slope
-            dots += slope * standard
-        total += slopes * gains
-        along += dots * gains
+            weight = (tl.load(raw + element, mask=inside, other=0) - center) * factor
+            slope = tl.load(upstream + element, mask=inside, other=0)
+            if MAPPED:  # df/dV = 1 / (1 - (V / MA)^2)
+                ratio = tl.where(inside, weight * gate / pole, 0)
+                slope /= 1 - ratio * ratio
+            dot += slope * weight
         if GATE == LOCATION:
-            tl.store(gradient + place * inputs + input, dots * gains * (1 - gains), mask=inside)
-    tl.store(totals + filter, tl.sum(total, 0))
-    tl.store(totals + tl.num_programs(0) + filter, tl.sum(along, 0))
+            tl.store(gradient + place * inputs + input, dot * gate * (1 - gate), mask=inside)
     if GATE == CHANNEL:
-        tl.store(gradient + place, tl.sum(along, 0) * (1 - gate))
+        gate = tl.load(gates + place)
+        tl.store(gradient + place, tl.sum(dot, 0) * gate * (1 - gate))
 
 
 @triton.jit
 def raw_gradient(
-    TABLE, mean, scale, gates, limits, statistic, statistic_gradient, totals, STANDARDIZED: tl.constexpr,
-    GATE: tl.constexpr, MAPPED: tl.constexpr, MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
+    TABLE, mean, scale, gates, limits, statistic_gradient, STANDARDIZED: tl.constexpr, GATE: tl.constexpr,
+    MAPPED: tl.constexpr, MARGIN: tl.constexpr, LAYERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """That of a filter of the raw weight, written over that of the excited one.
 
@@ -313,78 +312,72 @@ def raw_gradient(
         return
     raw, count = _filter(TABLE, RAW, layer, place, mean, LAYERS), _elements(TABLE, layer, LAYERS)
     upstream = _filter(TABLE, EXCITED, layer, place, mean, LAYERS)
+    center, factor, along, pole = 0.0, 1.0, 0.0, 1.0
+    if STANDARDIZED:
+        center, factor = tl.load(mean + filter), tl.load(scale + filter)
+        along = tl.load(scale + tl.num_programs(0) + filter)
+    if MAPPED:
+        pole = _pole(limits, layer, MARGIN)
+    magnitude = 0.0
+    if GATE != NO_GATE:
+        statistic_gradient += _entry(TABLE, GATES, layer, LAYERS)
+    if GATE == CHANNEL:
+        magnitude = tl.load(statistic_gradient + place)
     inputs = _entry(TABLE, INPUTS, layer, LAYERS).to(tl.int32)
     locations = _entry(TABLE, LOCATIONS, layer, LAYERS).to(tl.int32)
     input_stride = _entry(TABLE, INPUT_STRIDE, layer, LAYERS).to(tl.int32)
-    center, factor, average, along, pole = 0.0, 1.0, 0.0, 0.0, 1.0
-    if GATE != NO_GATE:
-        statistic += _entry(TABLE, GATES, layer, LAYERS)
-        statistic_gradient += _entry(TABLE, GATES, layer, LAYERS)
-    if STANDARDIZED:
-        center, factor = tl.load(mean + filter), tl.load(scale + filter)
-        average, along = tl.load(totals + filter), tl.load(totals + tl.num_programs(0) + filter)
-        if GATE == LOCATION:  # whose statistic is a mean of Z
-            through = tl.zeros((BLOCK,), mean.dtype.element_ty)
-            dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
-            for start in range(0, inputs, BLOCK):
-                input = start + tl.arange(0, BLOCK)
-                slope = tl.load(statistic_gradient + place * inputs + input, mask=input < inputs, other=0)
-                through += slope
-                dot += slope * tl.load(statistic + place * inputs + input, mask=input < inputs, other=0)
-            average += tl.sum(through, 0)
-            along += tl.sum(dot, 0)
-        average /= count
-        along *= tl.load(scale + tl.num_programs(0) + filter)
-    if MAPPED:
-        pole = _pole(limits, layer, MARGIN)
-    for start in range(0, count, BLOCK):
-        element = start + tl.arange(0, BLOCK)
-        inside = element < count
-        weight = tl.load(raw + element, mask=inside, other=0)
-        standard = tl.where(inside, (weight - center) * factor, 0)
-        slope = tl.load(upstream + element, mask=inside, other=0)
-        if GATE == NO_GATE:
-            slope = _slope(standard, 1.0, slope, pole, MAPPED)
-        else:
-            gain = _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
-            slope = _slope(standard, gain, slope, pole, MAPPED) * gain
-        if GATE == LOCATION:
-            input = element // input_stride % inputs
-            slope += tl.load(statistic_gradient + place * inputs + input, mask=inside, other=0) / locations
-        if STANDARDIZED:
-            slope = (slope - average) * factor - standard * along
-        if GATE == CHANNEL:  # whose statistic is of the magnitudes
-            sign = tl.where(weight > 0, 1.0, tl.where(weight < 0, -1.0, 0.0))
-            slope += sign * tl.load(statistic_gradient + place)
-        tl.store(upstream + element, slope, mask=inside)
+    total = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    dot = tl.zeros((BLOCK,), mean.dtype.element_ty)
+    for writes in tl.static_range(2):  # the first time for the sums, which only standardized filters need
+        if STANDARDIZED or writes:
+            average, dots = tl.sum(total, 0) / count, tl.sum(dot, 0) * along
+            for start in range(0, count, BLOCK):
+                element = start + tl.arange(0, BLOCK)
+                inside = element < count
+                weight = tl.load(raw + element, mask=inside, other=0)
+                standard = tl.where(inside, (weight - center) * factor, 0)
+                slope = tl.load(upstream + element, mask=inside, other=0)
+                gain = 1.0
+                if GATE != NO_GATE:
+                    gain = _gains(gates, TABLE, layer, place, element, inside, GATE, LAYERS)
+                if MAPPED:
+                    ratio = standard * gain / pole
+                    slope /= 1 - ratio * ratio
+                slope *= gain
+                if GATE == LOCATION:
+                    input = element // input_stride % inputs
+                    through = tl.load(statistic_gradient + place * inputs + input, mask=inside, other=0)
+                    slope += through / locations
+                if writes:
+                    if STANDARDIZED:
+                        slope = (slope - average) * factor - standard * dots
+                    if GATE == CHANNEL:
+                        sign = tl.where(weight > 0, 1.0, tl.where(weight < 0, -1.0, 0.0))
+                        slope += sign * magnitude
+                    tl.store(upstream + element, slope, mask=inside)
+                else:
+                    total += slope
+                    dot += slope * standard
 
 
 @triton.jit
 def _product(
     left, left_row, left_inner, right, right_inner, right_column, rows, inner, columns, top, begin,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The tile at (top, begin) of the product of two matrices, and the sums of the first one's rows there."""
     row, column = top + tl.arange(0, M), begin + tl.arange(0, N)
     result = tl.zeros((M, N), left.dtype.element_ty)
-    parts = tl.zeros((K, N), left.dtype.element_ty)
-    totals = tl.zeros((M, K), left.dtype.element_ty)
+    sums = tl.zeros((M,), left.dtype.element_ty)
     for start in range(0, inner, K):
         k = start + tl.arange(0, K)
         a = left + row[:, None] * left_row + k[None, :] * left_inner
         b = right + k[:, None] * right_inner + column[None, :] * right_column
         a = tl.load(a, mask=(row[:, None] < rows) & (k[None, :] < inner), other=0)
         b = tl.load(b, mask=(k[:, None] < inner) & (column[None, :] < columns), other=0)
-        totals += a
-        if K == 1:
-            result += a * b
-        elif M == 1:
-            parts += tl.trans(a) * b
-        else:
-            result += tl.dot(a, b, input_precision=PRECISION, out_dtype=left.dtype.element_ty)
-    if M == 1:
-        result += tl.sum(parts, 0)[None, :]
-    return result, tl.sum(totals, 1)
+        result += tl.dot(a, b, input_precision="ieee", out_dtype=left.dtype.element_ty)
+        sums += tl.sum(a, 1)
+    return result, sums
 
 
 @triton.jit
@@ -405,7 +398,7 @@ def _sizes(TABLE, layer, LAYERS: tl.constexpr):
 
 @triton.jit
 def hidden_features(
-    TABLE, statistic, hidden, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+    TABLE, statistic, hidden, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     """relu(FC1(statistic)), (rows, hidden)."""
     layer = tl.program_id(1)
@@ -416,18 +409,14 @@ def hidden_features(
         hidden += _entry(TABLE, HIDDEN, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS, layer, LAYERS).to(statistic.dtype)
         bias = _entry(TABLE, PARAMETERS + 1, layer, LAYERS).to(statistic.dtype)
-        tile, _ = _product(
-            statistic, features, 1, weight, 1, features, rows, features, width, top, begin, M, N, K, PRECISION
-        )  # fmt: skip
+        tile, _ = _product(statistic, features, 1, weight, 1, features, rows, features, width, top, begin, M, N, K)
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         tile = tl.maximum(tile + tl.load(bias + column, mask=column < width, other=0), 0)
         tl.store(hidden + row * width + column, tile, mask=(row < rows) & (column < width))
 
 
 @triton.jit
-def gates(
-    TABLE, hidden, gates, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def gates(TABLE, hidden, gates, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     """sigmoid(FC2(hidden)), (rows, features)."""
     layer = tl.program_id(1)
     rows, features, width = _sizes(TABLE, layer, LAYERS)
@@ -437,7 +426,7 @@ def gates(
         gates += _entry(TABLE, GATES, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS + 2, layer, LAYERS).to(hidden.dtype)
         bias = _entry(TABLE, PARAMETERS + 3, layer, LAYERS).to(hidden.dtype)
-        tile, _ = _product(hidden, width, 1, weight, 1, width, rows, width, features, top, begin, M, N, K, PRECISION)
+        tile, _ = _product(hidden, width, 1, weight, 1, width, rows, width, features, top, begin, M, N, K)
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         tile = 1 / (1 + tl.exp(-(tile + tl.load(bias + column, mask=column < features, other=0))))
         tl.store(gates + row * features + column, tile, mask=(row < rows) & (column < features))
@@ -445,7 +434,7 @@ def gates(
 
 @triton.jit
 def hidden_gradient(
-    TABLE, hidden, gates_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+    TABLE, hidden, gates_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     """That of FC1's output, (rows, hidden)."""
     layer = tl.program_id(1)
@@ -456,9 +445,7 @@ def hidden_gradient(
         gradient += _entry(TABLE, HIDDEN, layer, LAYERS)
         gates_gradient += _entry(TABLE, GATES, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS + 2, layer, LAYERS).to(hidden.dtype)
-        tile, _ = _product(
-            gates_gradient, features, 1, weight, width, 1, rows, features, width, top, begin, M, N, K, PRECISION
-        )  # fmt: skip
+        tile, _ = _product(gates_gradient, features, 1, weight, width, 1, rows, features, width, top, begin, M, N, K)
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         inside = (row < rows) & (column < width)
         was_positive = tl.load(hidden + row * width + column, mask=inside, other=0) > 0
@@ -467,7 +454,7 @@ def hidden_gradient(
 
 @triton.jit
 def statistic_gradient(
-    TABLE, hidden_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
+    TABLE, hidden_gradient, gradient, LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
     """That of what FC1 is given, (rows, features)."""
     layer = tl.program_id(1)
@@ -477,9 +464,7 @@ def statistic_gradient(
         hidden_gradient += _entry(TABLE, HIDDEN, layer, LAYERS)
         gradient += _entry(TABLE, GATES, layer, LAYERS)
         weight = _entry(TABLE, PARAMETERS, layer, LAYERS).to(gradient.dtype)
-        tile, _ = _product(
-            hidden_gradient, width, 1, weight, features, 1, rows, width, features, top, begin, M, N, K, PRECISION
-        )  # fmt: skip
+        tile, _ = _product(hidden_gradient, width, 1, weight, features, 1, rows, width, features, top, begin, M, N, K)
         row, column = top + tl.arange(0, M)[:, None], begin + tl.arange(0, N)[None, :]
         tl.store(gradient + row * features + column, tile, mask=(row < rows) & (column < features))
 
@@ -487,7 +472,7 @@ def statistic_gradient(
 @triton.jit
 def layer_gradients(
     TABLE, output_gradient, input, INDEX: tl.constexpr,
-    LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    LAYERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Those of the weight and the bias of FC1 (INDEX 0) or FC2 (INDEX 2), from its input and its output's gradient."""
     layer = tl.program_id(1)
@@ -502,9 +487,7 @@ def layer_gradients(
         input += _entry(TABLE, from_inputs, layer, LAYERS)
         weight = _entry(TABLE, GRADIENTS + INDEX, layer, LAYERS).to(input.dtype)
         bias = _entry(TABLE, GRADIENTS + INDEX + 1, layer, LAYERS).to(input.dtype)
-        tile, sums = _product(
-            output_gradient, 1, outputs, input, inputs, 1, outputs, rows, inputs, top, begin, M, N, K, PRECISION
-        )  # fmt: skip
+        tile, sums = _product(output_gradient, 1, outputs, input, inputs, 1, outputs, rows, inputs, top, begin, M, N, K)
         row, column = top + tl.arange(0, M), begin + tl.arange(0, N)
         inside = (row[:, None] < outputs) & (column[None, :] < inputs)
         tl.store(weight + row[:, None] * inputs + column[None, :], tile, mask=inside)

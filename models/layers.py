@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -18,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
 from .excitation import GATES, ChannelGate, Gate, LocationGate, Steps, activation_map
-from .fused import full_precision
+from .fused import Layer, full_precision, in_4d
 
 EXCITATIONS = ("we", "mwe", "lwe", "none")
 # The paper and public code use the letters for different halves; a formulation says which letter means what.
@@ -193,11 +195,7 @@ def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
 
 def _raw(weight: Tensor) -> Tensor:
     """The weight as it is excited: in at least float32, and of two dimensions beside the channels."""
-    return _in_4d(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-
-
-def _in_4d(weight: Tensor) -> Tensor:
-    return weight if weight.ndim == 4 else weight.flatten(2).unsqueeze(3)  # the order of places doesn't matter
+    return in_4d(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
 def _like(weight: Tensor, excited: Tensor) -> Tensor:
@@ -315,9 +313,9 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     gradient of every micro-batch, also from DataParallel's replicas; ``weight`` stays the raw parameter. At the end,
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
     unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it. A weight that is
-    replaced or written to inside is excited anew in each forward pass. After an exception nothing flows. The excited
-    weights and their gradients must not be kept: the next block overwrites the weights, and leaving this block the
-    gradients.
+    replaced or written to inside is excited anew in each forward pass. After an exception nothing flows; under
+    DistributedDataParallel, which waits for those gradients, the next forward pass then raises. The excited weights and
+    their gradients must not be kept: the next block overwrites the weights, and leaving this block the gradients.
 
     Raises:
         ValueError: the model is wrapped in what can't work with it.
@@ -326,7 +324,7 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     _refuse_wrappers(modules)
     convs = [module for module in modules if isinstance(module, ExcitedConv) and _can_be_excited_once(module)]
-    weights = _excited_weights(model, convs)
+    weights = _excited_weights(convs)
     leaves = [weight.detach().requires_grad_(_needs_grad(conv)) for conv, weight in zip(convs, weights, strict=True)]
     hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, convs))
     try:
@@ -359,40 +357,41 @@ def _gate_parameters(conv: ExcitedConv) -> list[Tensor]:
     return _gate_tensors(conv) if _has_plain_gate(conv) else list(conv.gate.parameters())
 
 
-USE_KERNELS = True
+def _excited_weights(convs: list[ExcitedConv]) -> list[Tensor]:
+    """The excited weight of each layer: on a GPU all together, elsewhere one after another."""
+    together = {}
+    if any(map(is_on_gpu, convs)):
+        form = gpu_form()
+        layers = {conv: Layer(conv.steps, conv.weight, conv.gate) for conv in convs if is_on_gpu(conv)}
+        layers = {conv: layer for conv, layer in layers.items() if form.can_excite(layer)}
+        together = dict(zip(layers, form.excite_weights(list(layers.values())), strict=True))
+    return [together[conv] if conv in together else _excited_alone(conv) for conv in convs]
+
+
+def is_on_gpu(conv: ExcitedConv) -> bool:
+    """Whether the layer is."""
+    return conv.weight.is_cuda
+
+
+def gpu_form() -> ModuleType:
+    """What excites layers on a GPU: gpu.py's kernels, or stacked.py."""
+    # A graph that the caller captures would keep the addresses of this call.
+    return stacked if torch.cuda.is_current_stream_capturing() else _gpu_form()
 
 
 @functools.cache
-def _gpu():
-    """The kernels' module; None where there is no Triton."""
-    try:
-        from . import gpu
-    except ImportError:
-        return None
-    return gpu
+def _gpu_form() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:  # as on Windows
+        return stacked
+    from . import gpu
+
+    return gpu if gpu.is_usable() else stacked
 
 
-def _excited_weights(model: nn.Module, convs: list[ExcitedConv]) -> list[Tensor]:
-    """The excited weight of each of the model's layers: on a GPU all together, elsewhere one after another."""
-    if USE_KERNELS and convs and convs[0].weight.is_cuda and (gpu := _gpu()):
-        if not torch.cuda.is_current_stream_capturing() and all(_has_plain_gate(conv) for conv in convs):
-            layers = [gpu.Layer(conv.steps, [conv.weight, *_gate_tensors(conv)]) for conv in convs]
-            if all(map(gpu.can_excite, layers)):
-                return gpu.excite_weights(layers)
-    if are_stacked(convs):
-        layers = [stacked.Layer(conv.steps, [_in_4d(conv.weight), *_gate_tensors(conv)]) for conv in convs]
-        with full_precision(convs[0].weight):
-            weights = stacked.excite_weights(model, layers)
-        return [_like(conv.weight, weight) for conv, weight in zip(convs, weights, strict=True)]
-    return [_excite_in_place(conv) if _has_plain_gate(conv) else conv.excited_weight() for conv in convs]
-
-
-def are_stacked(convs: list[ExcitedConv]) -> bool:
-    """Whether the layers are on a GPU, in a type that they can be excited in."""
-    return bool(convs) and all(
-        conv.weight.is_cuda and conv.weight.dtype in (torch.float32, torch.float64) and _has_plain_gate(conv)
-        for conv in convs
-    )
+def _excited_alone(conv: ExcitedConv) -> Tensor:
+    if conv.weight.device.type == "cpu" and _has_plain_gate(conv):
+        return _excite_in_place(conv)
+    return conv.excited_weight()
 
 
 def _excite_in_place(conv: ExcitedConv) -> Tensor:

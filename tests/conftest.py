@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # a CPU runs Triton's kernels; read when torchvision imports Triton
+
 from models.layers import FORMULATIONS
 from tests.helpers import EXCITED, draw_folder, register_tiny, run_command
 from utils.signals import ENDING, Stop

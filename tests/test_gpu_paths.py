@@ -1,8 +1,7 @@
-"""What runs differently on GPUs, on a machine without one: torch's own DataParallel over pretended devices, stacks of
-layers and their graphs, late reads, a loader's workers; how a run meets its devices and the other processes."""
+"""What runs differently on GPUs, on a machine without one: torch's own DataParallel over pretended devices, late
+reads, a loader's workers; how a run meets its devices and the other processes."""
 
 import contextlib
-import copy
 import itertools
 import multiprocessing
 import os
@@ -11,18 +10,17 @@ import socket
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import imagenet
 from benchmarks.gpu import batches, run_of, train
-from models import fused, layers, stacked
-from models.layers import EXCITATIONS, Conv2d, excited_once, group_norm
+from models import layers, stacked
+from models.layers import Conv2d, group_norm
 from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, started
 from utils import command as commands
 from utils import distributed
@@ -51,6 +49,12 @@ def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], o
     return imagenet.validate(model, source, devices, Stop())
 
 
+def as_on_a_gpu(monkeypatch) -> None:
+    """Inside excited_once(), layers are excited together: in stacks, as the kernels' interpreter takes its time."""
+    monkeypatch.setattr(layers, "is_on_gpu", lambda conv: True)
+    monkeypatch.setattr(layers, "gpu_form", lambda: stacked)
+
+
 @pytest.mark.parametrize("options", ["", "--channels-last"])
 @pytest.mark.parametrize("iter_size", [1, 3])
 @pytest.mark.parametrize("count, images", [(2, 5), (4, 6), (3, 1), (4, 7)])
@@ -60,7 +64,7 @@ def test_dataparallel_trains_as_one_device(gpus, monkeypatch, formulation, optio
         run = run_of(network(formulation).double(), f"{options} --iter-size {iter_size}", devices)
         assert isinstance(run.network, nn.DataParallel) is (len(devices) > 1)
         trained.append(train(run, batches(images, 8, iter_size), 2))
-        monkeypatch.setattr(layers, "are_stacked", bool)  # on several devices, as on GPUs
+        as_on_a_gpu(monkeypatch)  # on several devices
     assert gpus.scattered == 2 * iter_size * [torch.uint8]
     for one, other in zip(*(model.parameters() for model in trained), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-14)
@@ -138,6 +142,21 @@ def test_a_gpu_that_can_not_be_used_is_one_line(monkeypatch, error):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
     with pytest.raises(BadInput, match=r"\A--gpu-id 2: card can't be used: CUDA error: no kernel image\Z"):
         distributed.check_works(torch.device("cuda", 2))
+
+
+def test_processes_wait_ten_minutes_for_each_other(monkeypatch):
+    """To meet as well as later on; torch's own limits are others."""
+    seen = {}
+
+    def rendezvous(place, **words):
+        seen["meeting"] = words["timeout"]
+        return iter([(torch.distributed.HashStore(), 0, 1)])
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", rendezvous)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout, **__: seen.update(joined=timeout))
+    monkeypatch.setattr(distributed, "check_same", lambda value: None)
+    distributed.join_others(CPU[0])
+    assert seen == {"meeting": timedelta(minutes=10), "joined": timedelta(minutes=10)}
 
 
 def end_of(rank: int, device: str, fails: bool, port: int) -> None:
@@ -227,78 +246,6 @@ def test_weights_that_were_saved_from_a_gpu(tmp_path, monkeypatch, is_zip):
     assert load(tmp_path / "x")["state_dict"]["a"].device.type == "cpu"
 
 
-class _Graph(TorchDispatchMode):
-    """A pretended CUDA graph, and what captures it: notes each operation, and repeats all in the same memory."""
-
-    pool = object
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        # Not the parameters themselves, whose memory may be another one by the time of a replay.
-        aliases = tree_map_only(torch.Tensor, torch.Tensor.detach, (arguments, keywords or {}, result))
-        self.calls.append((function, *aliases))
-        return result
-
-    def replay(self) -> None:
-        for function, arguments, keywords, result in self.calls:
-            again = function(*arguments, **keywords)
-            if not function._schema.is_mutable:
-                for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                    old.copy_(new)
-
-
-@pytest.fixture
-def graphs(monkeypatch) -> None:
-    """Inside excited_once(), layers are stacked, and from the second block on, graphs are replayed."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in (("Stream", stream), ("current_stream", stream), ("is_current_stream_capturing", False)):
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    for name in ("device", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda entered: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
-    monkeypatch.setattr(stacked._Plan, "can_be_captured", lambda plan: plan.graphs is None)
-    monkeypatch.setattr(layers, "are_stacked", bool)
-    monkeypatch.setattr(fused, "_scratch", lambda like: {})
-
-
-@pytest.mark.parametrize("excitation", EXCITATIONS)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_stacks_are_excited_as_each_layer_is(graphs, excitation, formulation, layout):
-    """In steps of two blocks whose gradients add up; after the second step, the weights move in memory."""
-    torch.manual_seed(0)
-    settings = {"excitation": excitation, "formulation": formulation}
-    kinds = [{}, {}, {}, {"kernel_size": 1}, {"groups": 2}, {}, {"standardize": False}, {}]
-    model = nn.ModuleList(Conv2d(8, 16, **{"kernel_size": 3, **kind, **settings}) for kind in kinds)
-    model.double().to(memory_format=layout)
-    model[1].weight = model[0].weight
-    model[2].weight.requires_grad_(False)
-    model[5].requires_grad_(False)
-    images, same = torch.randn(2, 8, 5, 5, dtype=torch.float64), copy.deepcopy(model)
-    for step in range(3):
-        for each, around in ((same, contextlib.nullcontext), (model, excited_once)):
-            each.zero_grad()
-            for factor in (1, 2):
-                with around(each):
-                    weights = [layer.excited_weight().detach().clone() for layer in each]
-                    sum(
-                        factor * layer(images).square().mean() for layer in each[:-1]
-                    ).backward()  # the last is not used
-        assert stacked._plans[model].graphs is not None
-        for layer, weight in zip(same, weights, strict=True):
-            torch.testing.assert_close(weight, layer.excited_weight(), rtol=1e-12, atol=1e-14)
-        for one, other in zip(same.parameters(), model.parameters(), strict=True):
-            assert (one.grad is None) is (other.grad is None)
-            assert one.grad is None or (one.grad - other.grad).norm() <= 1e-12 * one.grad.norm()
-            one.data.mul_(1.1)
-            other.data = other.data * 1.1 if step == 1 else other.data.mul_(1.1)
-        assert not any(parameter.grad is not None for parameter in (*model[5].parameters(), *model[-1].parameters()))
-
-
 @pytest.mark.parametrize("options, size", [("", 1), ("--amp bf16 --iter-size 3", 3), ("--amp fp16 --iter-size 3", 3)])
 def test_a_step_on_another_device_waits_for_no_number(monkeypatch, formulation, options, size):
     """The meta device stands for a GPU: no number can be read from it, but for what a step measured."""
@@ -312,7 +259,7 @@ def test_a_step_on_another_device_waits_for_no_number(monkeypatch, formulation, 
         return SimpleNamespace(read=lambda: [1.0] * 7 + [0.0])
 
     monkeypatch.setattr(torch, "autocast", off_meta)
-    monkeypatch.setattr(layers, "are_stacked", bool)
+    as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(imagenet, "Reading", reading)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: None)  # the fused one knows no meta device
     run = run_of(network(formulation), options, [meta])
@@ -332,7 +279,7 @@ def late() -> Iterator[list[list[str]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", True)
         patch.setattr(torch.cuda, "Event", event)
-        patch.setattr(layers, "are_stacked", lambda convs: False)  # to compare bit for bit
+        patch.setattr(layers, "is_on_gpu", lambda conv: False)  # to compare bit for bit
         yield events
 
 

@@ -153,7 +153,7 @@ def join_others(device: torch.device) -> None:
         BadInput: only some have a GPU.
     """
     # Over a restart, torchrun keeps its store, with the addresses of the processes that are gone.
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     store = dist.PrefixStore(f"restart {RESTARTS}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -100,8 +100,7 @@ def test_excited_once_gives_the_gradients_of_exciting_in_every_forward(formulati
 @pytest.mark.parametrize(
     "plain, norm, kernel", [(nn.Conv1d, nn.BatchNorm1d, (6,)), (nn.Conv3d, nn.BatchNorm3d, (1, 2, 3))]
 )
-@pytest.mark.parametrize("is_gpu", [False, True])
-def test_one_and_three_dimensions(formulation, plain, norm, kernel, is_gpu, monkeypatch):
+def test_one_and_three_dimensions(formulation, plain, norm, kernel):
     """Filters of as many elements are excited alike, however they lie; in a block as without it, and folded."""
     model = nn.Sequential(plain(4, 8, kernel), norm(8), plain(8, 2, 1)).double()
     reference = Conv2d(4, 8, (6, 1), formulation=formulation, dtype=torch.float64)
@@ -114,8 +113,6 @@ def test_one_and_three_dimensions(formulation, plain, norm, kernel, is_gpu, monk
     (without := model(batch)).square().sum().backward()
     grads = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    if is_gpu:
-        monkeypatch.setattr(layers, "are_stacked", bool)
     with excited_once(model):
         model(batch).square().sum().backward()
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], grads, rtol=0, atol=1e-12)
