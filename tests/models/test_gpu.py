@@ -7,6 +7,7 @@ import itertools
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,8 @@ from models.excitation import ChannelGate
 from models.fused import Layer
 from models.layers import EXCITATIONS, Conv1d, Conv2d, Conv3d, excited_once
 
-gpu = pytest.importorskip("models.gpu")  # where there is Triton
+triton = pytest.importorskip("triton")
+gpu = pytest.importorskip("models.gpu")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
@@ -25,11 +27,16 @@ SHAPES = [(10, 6, 1, 1, CONTIGUOUS), (3, 2, 3, 1, CONTIGUOUS), (4, 4, 3, 2, LAST
 SETTINGS = [one for one in itertools.product(EXCITATIONS, (True, False)) if one != ("none", False)]
 
 
-@pytest.fixture(params=[stacked, gpu], ids=["stacked", "kernels"])
+# Of float64 since Triton 3.5 (torch 2.9); with NumPy 2.4 since 3.7.
+NEEDED = "3.7" if np.lib.NumpyVersion(np.__version__) >= "2.4.0" else "3.5"
+CAN_INTERPRET = tuple(map(int, triton.__version__.split(".")[:2])) >= tuple(map(int, NEEDED.split(".")))
+skipped = pytest.mark.skipif(not CAN_INTERPRET and DEVICE == "cpu", reason=f"Triton's interpreter before {NEEDED}")
+
+
+@pytest.fixture(params=[stacked, pytest.param(gpu, marks=skipped)], ids=["stacked", "kernels"])
 def form(request, monkeypatch):
     """Each of the two, as if on a GPU; programs take so little at once that these small layers have several."""
     monkeypatch.setattr(excitation, "GATE_REDUCTION", 2)
-    monkeypatch.setattr(gpu, "HAS_FLOAT64_PRODUCTS", True)  # as every version's interpreter has
     if DEVICE == "cpu":  # a GPU's smallest matrices are of 16 rows
         monkeypatch.setattr(gpu, "BLOCK", 8)
         for name in ("FEATURE_TILES", "LAYER_TILES"):
@@ -191,7 +198,7 @@ class OwnGate(ChannelGate):
 
 
 def test_what_is_excited_together(monkeypatch):
-    monkeypatch.setattr(gpu, "HAS_FLOAT64_PRODUCTS", True)
+    monkeypatch.setattr(gpu, "HAS_FLOAT64_PRODUCTS", True)  # as since Triton 3.5
     conv = functools.partial(Conv2d, 4, 32, 3)
     plain, own, other, hooked, transposed = (conv() for _ in range(5))
     own.gate = OwnGate(4, 32)
