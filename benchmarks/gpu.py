@@ -2,7 +2,8 @@
 
 python -m benchmarks.gpu check                           against float64 on the CPU, in all ways to use a GPU
 python -m benchmarks.gpu speed [--mode NAME ...] [--micro-batch N ...] [--steps N] [--seconds X]
-python -m benchmarks.gpu files [--mode NAME] [--seconds X]     training from JPEGs, and from memory
+python -m benchmarks.gpu kernels                         each kernel of the excitation
+python -m benchmarks.gpu files [--mode NAME] [--seconds X]        training from JPEGs, and from memory
 
 Without a GPU, the same small and on the CPU. A step is the trainer's own, of images in memory.
 """
@@ -14,12 +15,14 @@ import functools
 import gc
 import io
 import itertools
+import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -28,6 +31,7 @@ from unittest import mock
 import torch
 import torchvision
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -35,11 +39,12 @@ import imagenet
 import models
 from benchmarks import pipeline
 from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
-from models.layers import excited_once
+from models.layers import FORMULATIONS, ExcitedConv, excited_once
 from utils import command, distributed
 from utils.arguments import Parser, cores, number
 from utils.classifier import Classifier, classify
 from utils.data import MEAN, STD, Data
+from utils.errors import BadInput
 from utils.signals import Stop
 from utils.workers import PREFETCHED, Batch, end_workers
 
@@ -112,8 +117,8 @@ def checks() -> Iterator[tuple[str, float, float]]:
         alone = train(run_of(copy.deepcopy(base), "--iter-size 2"), batches(6, 32, 2))
     yield "float64, DistributedDataParallel of one process", distance(alone, one), 1e-9
 
+    yield from blocks(base)
     base.float()
-    yield "excitation of two steps that add up their gradients", accumulated(base), 1e-10
     exact = loss_of(base, "")
     for amp, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         kinds = replica_types(base, amp)
@@ -152,26 +157,78 @@ def joined() -> Iterator[None]:
             distributed.leave()
 
 
-def accumulated(model: nn.Module) -> float:
-    """How far gradients of two blocks without zero_grad() between are from those of two forward passes.
-
-    From the second block on, a graph is replayed.
-    """
-    model, images = copy.deepcopy(model).double().to(DEVICE), batches(4, 32)[0].images.to(DEVICE).double() / 255
+def blocks(model: nn.Module) -> Iterator[tuple[str, float, float]]:
+    """Gradients of excited_once() against those without it, in float64, where a GPU's work may go astray."""
+    model = copy.deepcopy(model).double().to(DEVICE)
+    images = batches(4, 32)[0].images.to(DEVICE).double() / 255
+    yield "excitation of two blocks whose gradients add up", block_distance(model, images), 1e-10
+    found = []
     for _ in range(3):
-        model.zero_grad()
+        thread = threading.Thread(target=lambda: found.append(block_distance(model, images)))
+        thread.start()
+        thread.join()
+    yield "blocks of three threads, one after another", max(found, default=math.inf), 1e-10
+    if not IS_GPU:
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        found = block_distance(model, images)
+    torch.cuda.current_stream().wait_stream(side)
+    yield "blocks on another stream", found, 1e-10
+    yield "a block in a graph of the caller's, whose weights have changed", replayed_distance(model, images), 1e-10
+    full = torch.cuda.memory_reserved() / torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(full)
+    with contextlib.suppress(torch.OutOfMemoryError), excited_once(model):
+        torch.empty(torch.cuda.get_device_properties(DEVICE).total_memory, dtype=torch.uint8, device=DEVICE)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    yield "blocks after one that ran out of memory", block_distance(model, images), 1e-10
+
+
+def block_distance(model: nn.Module, images: torch.Tensor) -> float:
+    """How far the gradients of a step of two blocks are from those of a copy without blocks."""
+    plain = copy.deepcopy(model)
+    for network, block in ((model, excited_once), (plain, contextlib.nullcontext)):
+        network.zero_grad()
         for _ in range(2):
-            with excited_once(model):
-                model(images).square().mean().backward()
-    once = copy.deepcopy(model)
-    for parameter, other in zip(once.parameters(), model.parameters(), strict=True):
-        parameter.data = other.grad.clone()
+            with block(network):
+                network(images).square().mean().backward()
+    return gradient_distance(model, plain)
+
+
+def replayed_distance(model: nn.Module, images: torch.Tensor) -> float:
+    """The same of a step of one block that is captured and replayed."""
+
+    def step(network: nn.Module, block) -> None:
+        with block(network):
+            network(images).square().mean().backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(model, excited_once)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
     model.zero_grad()
-    for _ in range(2):
-        model(images).square().mean().backward()
-    for parameter in model.parameters():
-        parameter.data = parameter.grad
-    return distance(once, model)
+    with torch.cuda.graph(graph):
+        step(model, excited_once)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    graph.replay()
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    step(plain, contextlib.nullcontext)
+    return gradient_distance(model, plain)
+
+
+def gradient_distance(one: nn.Module, other: nn.Module) -> float:
+    """:func:`distance` of the gradients."""
+    gradients = copy.deepcopy(one), copy.deepcopy(other)
+    for model, source in zip(gradients, (one, other), strict=True):
+        for parameter, given in zip(model.parameters(), source.parameters(), strict=True):
+            parameter.data = given.grad.clone()
+    return distance(*gradients)
 
 
 def waits(model: nn.Module, amp: str) -> int:
@@ -241,8 +298,8 @@ def from_files(folder: Path, options: list[str]) -> Iterator[Batch]:
 def from_torchvision(folder: Path, workers: int) -> Iterator[Batch]:
     """The same from torchvision's classes, with the transforms of its reference script for classification."""
     normalized = transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)
-    crop = transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()
-    dataset = torchvision.datasets.ImageFolder(folder, transforms.Compose([*crop, transforms.PILToTensor(), *normalized]))
+    crop = transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), transforms.PILToTensor()
+    dataset = torchvision.datasets.ImageFolder(folder, transforms.Compose([*crop, *normalized]))
     loader = DataLoader(dataset, STEP, shuffle=True, num_workers=workers, pin_memory=IS_GPU, drop_last=True)
     while True:
         for images, targets in loader:
@@ -285,9 +342,33 @@ def train_for(run: imagenet.Run, source: Iterator[Batch], steps: int) -> None:
     run.read()
 
 
+def kernels_table(rounds: int = 5) -> list[list[str]]:
+    """Microseconds of each kernel of the excitation in one step, with cold caches."""
+    from models import kernels  # which needs Triton
+
+    columns, cache = {}, torch.empty(2**28, dtype=torch.uint8, device=DEVICE)  # larger than a GPU's cache
+    for formulation in FORMULATIONS:
+        model, times = models.create(ARCH, formulation=formulation).to(DEVICE), Counter()
+        for index in range(rounds + 1):  # the first one compiles
+            cache.zero_()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler, excited_once(model):
+                for module in model.modules():
+                    if isinstance(module, ExcitedConv):
+                        module.excited.grad = torch.ones_like(module.excited)
+                torch.cuda.synchronize()
+            model.zero_grad()
+            for event in profiler.events() if index else ():
+                if hasattr(kernels, event.name):
+                    times[event.name] += event.time_range.elapsed_us() / rounds
+        columns[formulation] = times
+    names = {name: None for times in columns.values() for name in times}
+    rows = [[name, *(f"{times[name]:.0f}" for times in columns.values())] for name in names]
+    return [[f"{ARCH}, us", *columns], *rows, ["all", *(f"{times.total():.0f}" for times in columns.values())]]
+
+
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("check", "speed", "files"))
+    parser.add_argument("what", choices=("check", "speed", "kernels", "files"))
     count = {"type": number(int, 1), "metavar": "N"}
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="[all]")
     parser.add_argument("--micro-batch", **count, nargs="+", default=MICRO_BATCHES, help="images [32 64 128 256]")
@@ -299,6 +380,11 @@ def main(argv: list[str]) -> int:
     print(f"{name}; torch {torch.__version__}", flush=True)
     if args.what == "check":
         return check()
+    if args.what == "kernels":
+        if not IS_GPU:
+            raise BadInput("kernels: there is no GPU here that could run them")
+        print(markdown(kernels_table()))
+        return 0
     if args.what == "files":
         print(markdown(files_table(args.mode[-1], args.seconds)))
         return 0

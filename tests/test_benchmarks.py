@@ -4,6 +4,7 @@ import pytest
 
 import models
 from benchmarks import excitation, gpu, measure, memory, pipeline
+from utils.errors import BadInput
 
 
 @pytest.fixture
@@ -45,8 +46,22 @@ def test_gpu(rows, monkeypatch):
 def test_checks_of_a_gpu(capsys):
     assert gpu.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert len(lines) == 16
+    assert len(lines) == 17
     assert all(line.startswith("ok ") for line in lines)
+
+
+def test_training_from_files(rows, monkeypatch):
+    monkeypatch.setattr(pipeline, "IMAGES", 8)
+    monkeypatch.setattr(gpu, "cores", lambda: 1)
+    table = rows(gpu.main, "files", "--mode", "float32", "--seconds", 0)
+    assert [row[0] for row in table[1:]] == ["from memory", "from files, this", "from files, torchvision's"]
+    assert table[1][2] == "1.00" and all(float(row[1]) > 0 for row in table[1:])
+
+
+@pytest.mark.skipif(gpu.IS_GPU, reason="there is one")
+def test_kernels_need_a_gpu():
+    with pytest.raises(BadInput, match="there is no GPU here"):
+        gpu.main(["kernels"])
 
 
 def test_pipeline(rows, monkeypatch):
