@@ -39,7 +39,7 @@ HAS_FLOAT64_PRODUCTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3,
 def is_usable() -> bool:
     """Whether Triton works here: it builds what launches a kernel with a C compiler and Python's headers."""
     try:
-        kernels.nothing[1,]()
+        kernels.nothing[1,](torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # of any type: the compiler's, the linker's, a full disk's
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         warnings.warn(
