@@ -31,7 +31,7 @@ def excite_weights(layers: list[Layer]) -> list[Tensor]:
         raw, *gate = layer.tensors()
         tensors = [in_4d(raw), *gate]
         kinds = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        stacks[layer.steps, kinds, dense_strides(tensors[0])].append((index, tensors))
+        stacks[layer.steps, kinds].append((index, tensors))
     weights = {}
     for (steps, *_), stack in stacks.items():
         indices, tensors = zip(*stack, strict=True)

@@ -106,6 +106,16 @@ def test_a_part_of_one_image_is_refused_before_training(gpus):
         imagenet.build_model(args, SimpleNamespace(classes=list("abcde")), CPU, None)
 
 
+@pytest.mark.parametrize("processes, words, kind", [
+    (2, ["--sync-bn"], nn.SyncBatchNorm), (2, [], nn.BatchNorm2d), (1, ["--sync-bn"], nn.BatchNorm2d)])  # fmt: skip
+def test_batchnorm_over_the_images_of_all_processes(monkeypatch, processes, words, kind):
+    monkeypatch.setattr(distributed, "PROCESSES", processes)
+    args = imagenet.build_parser().parse_args([*SMALL, "--train-batch", "8", *words])
+    model = imagenet.build_model(args, SimpleNamespace(classes=list("abcde")), CPU[:1], None)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms and {type(norm) for norm in norms} == {kind}
+
+
 def test_the_first_gpu_of_the_run_becomes_the_current_one(monkeypatch):
     """Or the loader's thread would pin memory by the context of GPU 0, whatever GPU was asked for."""
     calls, devices = [], [torch.device("cuda", 2), torch.device("cuda", 3)]

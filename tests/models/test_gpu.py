@@ -23,7 +23,7 @@ gpu = pytest.importorskip("models.gpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 # in_channels, out_channels, kernel, groups, layout
-SHAPES = [(10, 6, 1, 1, CONTIGUOUS), (3, 2, 3, 1, CONTIGUOUS), (4, 4, 3, 2, LAST)]
+SHAPES = [(10, 6, 1, 1, CONTIGUOUS), (3, 2, 3, 1, CONTIGUOUS), (4, 4, 3, 2, LAST), (3, 2, 3, 1, LAST)]
 BOUNDS = {torch.float64: 1e-13, torch.float32: 3e-6}  # of the norm of a difference, relative to the norm
 SETTINGS = [one for one in itertools.product(EXCITATIONS, (True, False)) if one != ("none", False)]
 

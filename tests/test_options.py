@@ -1,0 +1,323 @@
+"""Every option has its default and its effect, by what the network was given and by steps that are written anew."""
+
+import copy
+import math
+import multiprocessing
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import ResNet50_Weights
+
+import imagenet
+import models
+from tests.helpers import checkpoint
+from utils import distributed
+
+# As --help gives them in brackets: bearpaw's pytorch-classification, and ImageNet's usual recipe.
+DEFAULTS = {
+    "data": None,
+    "workers": None,
+    "image_size": 224,
+    "skip_bad_images": False,
+    "demo": False,
+    "arch": "l_resnet50",
+    "cardinality": 32,
+    "base_width": 4,
+    "stem": "large",
+    "excitation": None,
+    "formulation": "channel",
+    "standardize": True,
+    "drop": 0.0,
+    "pretrained": False,
+    "init": None,
+    "epochs": 90,
+    "start_epoch": None,
+    "train_batch": 256,
+    "test_batch": 200,
+    "iter_size": 1,
+    "lr": 0.1,
+    "schedule": [30, 60],
+    "gamma": 0.1,
+    "cosine": False,
+    "warmup": 0.0,
+    "momentum": 0.9,
+    "weight_decay": 1e-4,
+    "decay": "all",
+    "label_smoothing": 0.0,
+    "seed": 0,
+    "checkpoint": None,
+    "overwrite": False,
+    "save_freq": 0,
+    "keep_freq": 0,
+    "resume": None,
+    "evaluate": False,
+    "predictions": None,
+    "export": None,
+    "visualize": None,
+    "gpu_id": "0",
+    "amp": "off",
+    "channels_last": False,
+    "sync_bn": False,
+    "compile": False,
+}
+
+# Options whose effect other files test, and where.
+ELSEWHERE = {
+    "skip_bad_images": "test_imagenet.py test_bad_images_are_left_out_when_told",
+    "demo": "test_imagenet.py test_the_demo",
+    "arch": "models/test_create.py",
+    "cardinality": "models/test_create.py",
+    "base_width": "models/test_create.py",
+    "pretrained": "test_imagenet.py test_pretrained_weights",
+    "init": "test_fine_tuning.py",
+    "overwrite": "utils/test_run_folder.py",
+    "save_freq": "test_resuming.py",
+    "keep_freq": "test_resuming.py",
+    "resume": "test_resuming.py",
+    "evaluate": "test_imagenet.py test_a_run_and_its_evaluation",
+    "predictions": "test_predictions.py",
+    "export": "test_imagenet.py test_exported_weights_load_elsewhere_with_the_same_logits",
+    "visualize": "test_visualize.py",
+    "gpu_id": "test_gpu_paths.py",
+    "sync_bn": "test_gpu_paths.py test_batchnorm_over_the_images_of_all_processes",
+    "compile": "models/test_loops.py",
+}
+
+CLASSES = ("dark", "light")
+WORDS = ["-a", "l_tiny", "--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3", "--epochs", "1"]
+
+
+def test_defaults():
+    assert vars(imagenet.build_parser().parse_args([])) == DEFAULTS
+
+
+def test_every_option_is_tested():
+    """Here, or where the table says; a new option needs either."""
+    tests = Path(__file__).parent
+    for name in DEFAULTS:
+        file, *functions = ELSEWHERE.get(name, "test_options.py").split()
+        text = (tests / file).read_text()
+        assert all(f"def {function}(" in text for function in functions), name
+        words = name.replace("_", "-"), name, *{"arch": ["-a"], "evaluate": ["-e"]}.get(name, ())
+        assert any(word in text.split("# Options whose effect")[-1] for word in words), f"no test of --{words[0]}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Six training and four validation images of each class; red tells the class, green grows from left to right."""
+    place = tmp_path_factory.mktemp("colours")
+    for (split, count), (label, name) in [(s, c) for s in (("train", 6), ("val", 4)) for c in enumerate(CLASSES)]:
+        (place / split / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = np.zeros((40, 48, 3), np.uint8)
+            pixels[..., 0] = 40 + 150 * label
+            pixels[..., 1] = np.linspace(0, 255, 48)
+            pixels[..., 2] = 10 * index
+            Image.fromarray(pixels).save(place / split / name / f"{index}.png")
+    return place
+
+
+@pytest.fixture
+def train(command, folder, tmp_path, monkeypatch):
+    """Train l_tiny with some more words; gives what its layers were given and gave, and the checkpoint."""
+    create = models.create
+
+    def call(words: str = "", name: str = "run") -> SimpleNamespace:
+        seen = SimpleNamespace(training=[], validation=[], conv1=[], fc=[], workers=0, first=None)
+
+        def note(module, inputs):
+            if not inputs[0].is_meta:
+                (seen.training if module.training else seen.validation).append(inputs[0].clone())
+                seen.workers = max(seen.workers, len(multiprocessing.active_children()))
+
+        def note_layer(module, inputs, output):
+            if not inputs[0].is_meta and module.training:
+                (seen.fc if isinstance(module, nn.Linear) else seen.conv1).append((inputs[0].clone(), output))
+
+        def recording(*arguments, **options):
+            model = create(*arguments, **options)
+            seen.first = copy.deepcopy(model)
+            model.register_forward_pre_hook(note)
+            model.conv1.register_forward_hook(note_layer)
+            model.fc.register_forward_hook(note_layer)
+            return model
+
+        monkeypatch.setattr(models, "create", recording)
+        ended = command(*WORDS, "-d", folder, "-c", tmp_path / name, *words.split())
+        assert ended.status == 0, ended.err
+        seen.saved = checkpoint(tmp_path / name)
+        return seen
+
+    return call
+
+
+def classes_of(images: torch.Tensor) -> torch.Tensor:
+    """By the mean of red, of normalized images."""
+    return (images[:, 0].mean((1, 2)) > 0).long()
+
+
+def expected(seen, *, rates, iter_size=1, momentum=0.9, decay=1e-4, spares=False, smoothing=0.0) -> dict:
+    """The weights after steps of SGD with momentum and an L2 penalty, in torch alone."""
+    model = seen.first
+    decayed = [name for name, _ in model.named_parameters() if name == "fc.weight" or "conv" in name or not spares]
+    decayed = [name for name in decayed if not (spares and ("gate" in name or "bn" in name))]
+    buffers = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for step, rate in enumerate(rates):
+        model.zero_grad()
+        for images in seen.training[step * iter_size : (step + 1) * iter_size]:
+            wanted = torch.full((len(images), 2), smoothing / 2)
+            wanted[range(len(images)), classes_of(images)] += 1 - smoothing
+            loss = -(wanted * model(images).log_softmax(1)).sum(1).mean()
+            (loss / iter_size).backward()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                gradient = parameter.grad + (decay * parameter if name in decayed else 0)
+                buffers[name] = momentum * buffers[name] + gradient
+                parameter -= rate * buffers[name]
+    return model.state_dict()
+
+
+# Words of the command, and what they mean for a step. Three steps of four images make an epoch.
+STEPS = {
+    "": {"rates": [0.1] * 3},
+    "--lr 0.02": {"rates": [0.02] * 3},
+    "--lr 0.02 --momentum 0.5": {"rates": [0.02] * 3, "momentum": 0.5},
+    "--lr 0.02 --weight-decay 0.3": {"rates": [0.02] * 3, "decay": 0.3},
+    "--lr 0.02 --weight-decay 0.3 --decay weights": {"rates": [0.02] * 3, "decay": 0.3, "spares": True},
+    "--lr 0.02 --label-smoothing 0.3": {"rates": [0.02] * 3, "smoothing": 0.3},
+    "--lr 0.02 --train-batch 2 --iter-size 3": {"rates": [0.02] * 2, "iter_size": 3},
+    "--lr 0.02 --epochs 2 --warmup 1": {"rates": [0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.02, 0.02]},
+    "--lr 0.02 --epochs 2 --schedule 1 --gamma 0.5": {"rates": [0.02] * 3 + [0.01] * 3},
+    "--lr 0.02 --cosine": {"rates": [0.01 * (1 + math.cos(math.pi * step / 3)) for step in range(3)]},
+}
+
+
+@pytest.mark.parametrize("words", STEPS)
+def test_steps_are_those_of_the_textbook(train, words):
+    seen = train(words)
+    micro_batches = len(STEPS[words]["rates"]) * STEPS[words].get("iter_size", 1)
+    assert len(seen.training) == micro_batches
+    first = copy.deepcopy(seen.first.state_dict())
+    weights = expected(seen, **STEPS[words])
+    for name, value in seen.saved["state_dict"].items():
+        moved = (weights[name] - first[name]).norm()
+        assert (value - weights[name]).norm() <= 2e-3 * moved, name
+
+
+def test_pixels_are_normalized_by_the_numbers_of_torchvisions_weights(train):
+    """And flipped in half of the cases: green grows to the right, or to the left."""
+    seen = train("--epochs 4")
+    usual = ResNet50_Weights.IMAGENET1K_V1.transforms()
+    images = torch.cat(seen.training)
+    reds = {round((value / 255 - usual.mean[0]) / usual.std[0], 3) for value in (40, 190)}
+    assert {round(value, 3) for value in images[:, 0].flatten(1).mean(1).tolist()} == reds
+    blues = [(10 * index / 255 - usual.mean[2]) / usual.std[2] for index in range(6)]
+    assert sorted({round(value, 3) for value in images[:, 2].flatten(1).mean(1).tolist()}) == [
+        round(b, 3) for b in blues
+    ]
+    center = torch.cat(seen.validation)[:8, 1]  # the middle of 48 columns
+    green = (127.5 / 255 - usual.mean[1]) / usual.std[1]
+    assert center.mean() == pytest.approx(green, abs=0.05)
+    assert (center[:, :, -1] > center[:, :, 0]).all()
+    grows = images[:, 1, :, -1].mean(1) > images[:, 1, :, 0].mean(1)
+    assert 0.2 < grows.float().mean() < 0.8
+
+
+def test_images_have_the_size_and_batches_that_were_asked_for(train):
+    """--image-size, --train-batch and --test-batch."""
+    seen = train("--image-size 40 --train-batch 6 --test-batch 5")
+    assert [tuple(images.shape) for images in seen.training] == 2 * [(6, 3, 40, 40)]
+    assert [len(images) for images in seen.validation] == [5, 3]
+
+
+def test_the_seed_makes_weights_crops_and_order(train):
+    """--seed 0 is the default; another one makes all of them others."""
+    one, same, other = train(name="one"), train("--seed 0", "same"), train("--seed 5", "other")
+    assert all(map(torch.equal, one.training, same.training))
+    assert not any(map(torch.equal, one.training, other.training))
+    assert not torch.equal(one.first.conv1.weight, other.first.conv1.weight)
+    # A sample's own colours, whatever the order: its crop or flip is another one.
+    crops = {
+        seed: {tuple(image[::2, 0, 0].tolist()): image for image in torch.cat(seen.training)}
+        for seed, seen in ((0, one), (5, other))
+    }
+    assert sum(torch.equal(crops[0][key], crops[5][key]) for key in crops[0].keys() & crops[5].keys()) <= 2
+
+
+def test_an_epoch_has_crops_of_its_own_and_can_be_started_at(train):
+    """--start-epoch 1 begins with what the second epoch would have been."""
+    both, second = train("--epochs 2", "both"), train("--epochs 2 --start-epoch 1", "second")
+    assert len(second.training) == 3
+    assert all(map(torch.equal, both.training[3:], second.training))
+    assert not any(map(torch.equal, both.training[:3], second.training))
+
+
+def test_the_network_is_the_one_that_was_asked_for(train):
+    """--stem, --excitation, --formulation and --no-standardize."""
+    state = train("--stem small --formulation paper", "one").saved["state_dict"]
+    assert state["conv1.weight"].shape == (64, 3, 3, 3)
+    assert state["layer1.0.conv1.gate.fc1.weight"].shape == (4, 64)  # the location gate: 64 inputs, 64 // 16
+    assert train(name="two").saved["state_dict"]["conv1.gate.fc1.weight"].shape == (4, 64)  # the channel gate
+    plain = train("--excitation none --no-standardize", "three")
+    assert not any("gate" in name for name in plain.saved["state_dict"])
+    images, output = plain.conv1[0]
+    raw = nn.functional.conv2d(images, plain.first.conv1.weight, None, 2, 3)
+    torch.testing.assert_close(output, raw)
+    standardized = train("--excitation none", "four")
+    images, output = standardized.conv1[0]
+    weight = standardized.first.conv1.weight
+    mean, std = weight.mean((1, 2, 3), keepdim=True), weight.std((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(output, nn.functional.conv2d(images, (weight - mean) / (std + 1e-5), None, 2, 3))
+
+
+def test_dropout_comes_before_the_classifier(train):
+    """--drop 0.5: about half of its inputs are zeros, the others doubled."""
+    (kept, _), *_ = train(name="one").fc
+    (dropped, _), *_ = train("--drop 0.5", "two").fc
+    assert (kept == 0).float().mean() < 0.1
+    assert 0.4 < (dropped == 0).float().mean() < 0.6
+    torch.testing.assert_close(dropped[dropped != 0], 2 * kept[dropped != 0])
+
+
+@pytest.mark.parametrize("amp, dtype", [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_type_of_the_computation(train, amp, dtype):
+    """--amp, of which fp16 alone scales the loss."""
+    seen = train(f"--amp {amp} --lr 0.001")
+    assert {output.dtype for _, output in seen.conv1} == {dtype}
+    assert (seen.saved["scaler"] != {}) is (amp == "fp16")
+    assert {value.dtype for value in seen.saved["state_dict"].values()} == {torch.float32}
+
+
+def test_channels_last(train):
+    """--channels-last: images and weights lie so in memory."""
+    for words, is_last in (("", False), ("--channels-last", True)):
+        seen = train(words, f"run{words}")
+        layouts = [images.is_contiguous(memory_format=torch.channels_last) for images in seen.training]
+        assert layouts == 3 * [is_last]
+        output = seen.conv1[0][1]
+        assert output.is_contiguous(memory_format=torch.channels_last) is is_last
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_are_processes(train, workers):
+    """--workers, by default 8 for a GPU and at most one for a core."""
+    before = len(multiprocessing.active_children())
+    assert train(f"--workers {workers}").workers - before == workers
+
+
+@pytest.mark.parametrize("cores, gpus, workers", [(2, "0", 2), (64, "0", 8), (64, "0,1,2", 24)])
+def test_workers_by_default(monkeypatch, cores, gpus, workers):
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    assert distributed.default_workers(gpus) == workers
+
+
+def test_folders_by_default(command, folder, tmp_path, monkeypatch):
+    """Without --checkpoint, a run is written to checkpoints/imagenet/ARCH; --data has train and val."""
+    monkeypatch.chdir(tmp_path)
+    assert command(*WORDS, "--data", folder).status == 0
+    assert (tmp_path / "checkpoints/imagenet/l_tiny/checkpoint.pth.tar").exists()
