@@ -1,0 +1,169 @@
+"""What two processes do together, in forks of this one that meet over gloo, as under torchrun."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import imagenet
+from benchmarks.gpu import run_of
+from models.layers import Conv2d
+from utils import distributed
+from utils.errors import BadInput
+from utils.signals import Stop
+from utils.workers import Batch
+
+CPU = torch.device("cpu")
+
+
+def in_two(body: Callable[[int], object]) -> list:
+    """What the body gives in each of two processes that have met, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+
+    def process(rank: int, pipe) -> None:
+        distributed.PROCESSES, distributed.RANK = 2, rank
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            distributed.join_others(CPU)
+            pipe.send(body(rank))
+            distributed.leave()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
+    both = [fork.Process(target=process, args=(rank, send)) for rank, (_, send) in enumerate(pipes)]
+    for one in both:
+        one.start()
+    for _, send in pipes:
+        send.close()  # so that a process that fails ends the wait for its answer
+    try:
+        return [receive.recv() for receive, _ in pipes]
+    finally:
+        for one in both:
+            one.join()
+        assert [one.exitcode for one in both] == [0, 0]
+
+
+def test_sums_and_the_largest_are_over_both():
+    def body(rank):
+        values = distributed.total(torch.tensor([1.0, 10.0 * (rank + 1)]))
+        return values.tolist(), distributed.largest(3 + 4 * rank), distributed.gather([rank, rank + 0.5])
+
+    assert in_two(body) == 2 * [([2.0, 30.0], 7, [0, 0.5, 1, 1.5])]
+
+
+def test_both_must_begin_alike():
+    def body(rank):
+        distributed.check_same({"lr": 0.1})
+        try:
+            distributed.check_same({"lr": 0.1 + rank})
+        except BadInput as error:
+            return str(error)
+
+    assert all("the processes have different options" in text for text in in_two(body))
+
+
+def test_before_validation_the_first_ones_buffers_are_everybodys():
+    def body(rank):
+        norm = nn.BatchNorm1d(2)
+        norm.running_mean.fill_(1.0 + rank)
+        distributed.share_buffers(norm)
+        return norm.running_mean.tolist()
+
+    assert in_two(body) == 2 * [[1.0, 1.0]]
+
+
+def batches(count: int, images: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (count, images, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    targets = torch.randint(0, 5, (count, images), generator=generator)
+    return [Batch(*batch, 0, []) for batch in zip(pixels, targets, strict=True)]
+
+
+def network(drop: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    body = Conv2d(3, 8, 3, formulation="paper"), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*body, nn.Dropout(drop), nn.Linear(8, 5)).double()
+
+
+@pytest.mark.parametrize("iter_size", [1, 3])
+def test_two_halves_of_each_batch_are_the_batch(iter_size):
+    """Weights, sums of the scores and the largest gradient, to the rounding of float64."""
+    words = f"--iter-size {iter_size}"
+
+    def train(model, given):
+        run = run_of(model, words, [CPU])
+        for _ in range(2):
+            imagenet.train_step(run, iter(given), Stop())
+        run.read()
+        return [parameter.tolist() for parameter in run.model.parameters()], run.scores.sums
+
+    def body(rank):
+        halves = [Batch(*(part.chunk(2)[rank] for part in batch[:2]), 0, []) for batch in batches(iter_size, 6)]
+        return train(network(), halves)
+
+    weights, sums = train(network(), batches(iter_size, 6))
+    for ours, our_sums in in_two(body):
+        assert our_sums == pytest.approx(sums, rel=1e-9)
+        for one, other in zip(ours, weights, strict=True):
+            torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-9, atol=1e-12)
+
+
+def test_one_reduction_for_an_optimizer_step():
+    """In the last micro-batch alone; gradients of those before it gather in each process."""
+
+    def body(rank):
+        run = run_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "--iter-size 3", [CPU])
+        reduced = []
+
+        def hook(state, bucket):
+            reduced.append(bucket.buffer().numel())
+            return (
+                torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+            )
+
+        run.network.register_comm_hook(None, hook)
+        imagenet.train_step(run, iter(batches(3, 2)), Stop())
+        return reduced
+
+    assert in_two(body) == 2 * [[192 * 5 + 5]]
+
+
+def test_each_process_and_step_has_a_dropout_of_its_own(monkeypatch):
+    """The first process goes on with the run's random state; the others' is the same again after resuming."""
+    drawn = {}
+    for place in [
+        (rank, seed, epoch, step) for rank in (0, 1, 2) for seed in (0, 1) for epoch in (0, 1) for step in (0, 1)
+    ]:
+        rank, *rest = place
+        monkeypatch.setattr(distributed, "RANK", rank)
+        draws = []
+        for start in (3, 4):
+            torch.manual_seed(start)
+            distributed.seed_dropout(*rest)
+            draws.append(torch.rand(4).tolist())
+        torch.manual_seed(3)
+        assert (draws[0] == draws[1]) is (rank > 0)
+        assert rank > 0 or draws[0] == torch.rand(4).tolist()
+        drawn[place] = tuple(draws[0])
+    others = [draws for (rank, *_), draws in drawn.items() if rank > 0]
+    assert len(set(others)) == len(others) == 16
+
+
+def test_workers_are_divided_over_the_processes(monkeypatch):
+    """By default as many in all as the cores that each process has, 8 for each at most."""
+    for processes, cores, workers in ((2, 6, 6), (4, 64, 32), (2, 1, 2)):
+        monkeypatch.setattr(distributed, "PROCESSES", processes)
+        monkeypatch.setattr(distributed, "LOCAL_PROCESSES", processes)
+        monkeypatch.setattr(distributed, "cores", lambda cores=cores: cores)
+        assert distributed.default_workers("0") == workers
