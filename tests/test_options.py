@@ -127,7 +127,7 @@ def train(command, folder, tmp_path, monkeypatch):
     """Train l_tiny with some more words; gives what its layers were given and gave, and the checkpoint."""
     create = models.create
 
-    def call(words: str = "", name: str = "run") -> SimpleNamespace:
+    def call(words: str = "", name: str = "run", data: Path = folder) -> SimpleNamespace:
         seen = SimpleNamespace(training=[], validation=[], conv1=[], fc=[], workers=0, first=None)
 
         def note(module, inputs):
@@ -148,7 +148,7 @@ def train(command, folder, tmp_path, monkeypatch):
             return model
 
         monkeypatch.setattr(models, "create", recording)
-        ended = command(*WORDS, "-d", folder, "-c", tmp_path / name, *words.split())
+        ended = command(*WORDS, "-d", data, "-c", tmp_path / name, *words.split())
         assert ended.status == 0, ended.err
         seen.saved = checkpoint(tmp_path / name)
         return seen
@@ -255,6 +255,19 @@ def test_an_epoch_has_crops_of_its_own_and_can_be_started_at(train):
     assert len(second.training) == 3
     assert all(map(torch.equal, both.training[3:], second.training))
     assert not any(map(torch.equal, both.training[:3], second.training))
+
+
+def test_no_two_epochs_or_images_have_the_same_crop(train, tmp_path):
+    """Of twelve equal pictures, in four epochs."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8))
+    for place in (
+        f"{split}/{name}/{index}.png" for split in ("train", "val") for name in CLASSES for index in range(6)
+    ):
+        file = tmp_path / "equal" / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise.save(file)
+    images = torch.cat(train("--epochs 4", data=tmp_path / "equal").training)
+    assert len(images) == len({image.numpy().tobytes() for image in images}) == 4 * 12
 
 
 def test_the_network_is_the_one_that_was_asked_for(train):
