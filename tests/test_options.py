@@ -241,6 +241,8 @@ def test_the_seed_makes_weights_crops_and_order(train):
     assert all(map(torch.equal, one.training, same.training))
     assert not any(map(torch.equal, one.training, other.training))
     assert not torch.equal(one.first.conv1.weight, other.first.conv1.weight)
+    orders = [[tuple(image[::2, 0, 0].tolist()) for image in torch.cat(seen.training)] for seen in (one, other)]
+    assert len({*orders[0], *orders[1]}) == 12 and orders[0] != orders[1]
     # A sample's own colours, whatever the order: its crop or flip is another one.
     crops = {
         seed: {tuple(image[::2, 0, 0].tolist()): image for image in torch.cat(seen.training)}

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import models
 from models.layers import Conv2d
@@ -43,6 +44,41 @@ def test_auxiliary_outputs_are_left_out(arch):
 
 def test_a_size_that_the_network_is_built_for():
     assert models.create("vit_b_32", num_classes=2, image_size=64)(torch.randn(1, 3, 64, 64)).shape == (1, 2)
+
+
+# Blocks of each stage, and whether they are bottlenecks: table 1 of arXiv 1512.03385; groups and width: 1611.05431.
+NETWORKS = {
+    "l_resnet18": (BasicBlock, [2, 2, 2, 2], 1, 64),
+    "l_resnet34": (BasicBlock, [3, 4, 6, 3], 1, 64),
+    "l_resnet50": (Bottleneck, [3, 4, 6, 3], 1, 64),
+    "l_resnet101": (Bottleneck, [3, 4, 23, 3], 1, 64),
+    "l_resnet152": (Bottleneck, [3, 8, 36, 3], 1, 64),
+    "l_resnext50": (Bottleneck, [3, 4, 6, 3], 32, 4),
+    "l_resnext101": (Bottleneck, [3, 4, 23, 3], 32, 4),
+    "l_resnext152": (Bottleneck, [3, 8, 36, 3], 32, 4),
+}
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_networks_have_the_layers_of_their_papers(arch):
+    """torchvision's class, given these numbers, has the same parameters; and every convolution is excited."""
+    block, depths, groups, width = NETWORKS[arch]
+    words = {"groups": groups, "width_per_group": width, "norm_layer": lambda channels: nn.GroupNorm(32, channels)}
+    with torch.device("meta"):
+        ours, theirs = models.create(arch), torchvision.models.ResNet(block, depths, **words)
+    shapes = {name: value.shape for name, value in ours.state_dict().items() if ".gate." not in name}
+    assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
+    convs = [module for module in theirs.modules() if isinstance(module, nn.Conv2d)]
+    assert sum(conv.excites and conv.gate is not None for conv in excited(ours)) == len(convs)
+    assert {*NETWORKS} == {name for name in models.EXCITED if name != "l_tiny"}
+
+
+def test_the_small_stem_is_initialized_as_the_other_layers():
+    """By He et al., arXiv 1502.01852, for the outputs: the deviation is sqrt(2 / (64 x 9)); torch's own is 0.11."""
+    torch.manual_seed(0)
+    for arch in ("l_resnet18", "resnet18"):
+        weight = models.create(arch, num_classes=2, stem="small").conv1.weight
+        assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
 
 
 def test_cardinality_and_base_width():
