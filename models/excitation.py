@@ -83,11 +83,14 @@ class Gate(nn.Module):
         return [tensor for layer in (self.fc1, self.fc2) for tensor in (layer.weight, layer.bias)]
 
     def is_plain(self) -> bool:
-        """Whether its tensors describe it fully: the layers are those that it was made with, without hooks."""
+        """Whether its tensors describe it fully: a gate of this file, with its own layers and without hooks."""
         hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         layers = self.fc1, self.fc2
-        return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) and not any(
-            getattr(module, name) for module in (self, *layers) for name in hooks
+        is_known = type(self) in (ChannelGate, LocationGate)
+        return (
+            is_known
+            and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
+            and not any(getattr(module, name) for module in (self, *layers) for name in hooks)
         )
 
     def forward(self, statistic: Tensor) -> Tensor:
@@ -185,5 +188,6 @@ def excite_weight(raw: Tensor, steps: Steps, gate: Callable[[Tensor], Tensor] | 
     """
     weight = standardize(raw) if steps.standardized else raw
     if steps.gate is not None:
-        weight = weight * gate(GATES[steps.gate].statistic(raw, weight))
+        kind = gate if isinstance(gate, Gate) else GATES[steps.gate]
+        weight = weight * gate(kind.statistic(raw, weight))
     return activation_map(weight) if steps.mapped else weight

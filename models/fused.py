@@ -4,8 +4,8 @@ The plain form keeps a temporary for each operation and reads memory two dozen t
 gates and a few numbers for each filter, and on a CPU works in memory that it has used before. Tests hold it against the
 plain form.
 
-:func:`forward` and :func:`backward` take a stack of L layers of one shape, (L, O, I, kh, kw): on a GPU, where an
-operation costs more to launch than to do, all layers of that shape; on a CPU, one.
+:func:`forward` and :func:`backward` take a stack of L layers of one shape, (L, O, I, kh, kw): on a CPU one layer, from
+stacked.py all layers of that shape.
 """
 
 import contextlib

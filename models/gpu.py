@@ -7,6 +7,7 @@ each call, and nothing is kept between calls: what moves, is replaced or is free
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -43,8 +44,8 @@ def is_usable() -> bool:
     except Exception as error:  # of any type: the compiler's, the linker's, a full disk's
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         warnings.warn(
-            f"Triton doesn't work here, so layers are excited one after another, which is slower ({reason[0]}); "
-            "it needs a C compiler and Python's headers",
+            f"Triton doesn't work here, so excitation takes more launches ({reason[0]}); what it lacks is mostly a C "
+            "compiler or Python's headers",
             stacklevel=2,
         )
         return False
@@ -67,12 +68,21 @@ def can_excite(layer: Layer) -> bool:
     if type(layer.gate) not in KINDS or not stacked.can_excite(layer):
         return False
     weight, *others = layer.tensors()
+    if others and not _fits(layer.gate, weight):
+        return False
     return (
         (weight.dtype == torch.float32 or not others or HAS_FLOAT64_PRODUCTS)
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, *others))
         and all(tensor.is_contiguous() for tensor in others)
         and _strides(weight) is not None
     )
+
+
+def _fits(gate: Gate, weight: Tensor) -> bool:
+    """Whether the gate is for weights of this shape; the plain form says what is wrong with any other."""
+    features, hidden = weight.shape[0 if type(gate) is ChannelGate else 1], len(gate.fc1.bias)
+    shapes = (hidden, features), (hidden,), (features, hidden), (features,)
+    return tuple(tensor.shape for tensor in gate.tensors()) == shapes
 
 
 def _strides(weight: Tensor) -> tuple[int, int] | None:
@@ -104,19 +114,28 @@ class _Excitation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, form, *tensors):
         weights, saved = forward(form, _by_layer(form, tensors))
-        ctx.form, ctx.count = form, len(tensors)
-        ctx.save_for_backward(*tensors, *saved)
+        # Not saved as autograd saves: a write to one layer's tensors would refuse the gradients of all.
+        ctx.form, ctx.tensors, ctx.states = form, tensors, [_state(tensor) for tensor in tensors]
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return tuple(weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        tensors, saved = ctx.saved_tensors[: ctx.count], Saved(*ctx.saved_tensors[ctx.count :])
-        return None, *chain.from_iterable(backward(ctx.form, _by_layer(ctx.form, tensors), saved, grads))
+        layers, states = _by_layer(ctx.form, ctx.tensors), _by_layer(ctx.form, ctx.states)
+        for grad, tensors, before in zip(grads, layers, states, strict=True):
+            if grad is not None and [_state(tensor) for tensor in tensors] != list(before):
+                raise RuntimeError("a weight or gate was written to after it was excited and before its gradient")
+        return None, *chain.from_iterable(backward(ctx.form, layers, Saved(*ctx.saved_tensors), grads))
 
 
-def _by_layer(form: Form, tensors: Tensors) -> list[Tensors]:
+def _state(tensor: Tensor) -> tuple:
+    """What changes where a tensor is written to or gets other memory."""
+    return tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version
+
+
+def _by_layer(form: Form, tensors: Sequence) -> list[Sequence]:
     count = 5 if form.gate else 1
     return [tensors[start : start + count] for start in range(0, len(tensors), count)]
 
@@ -186,7 +205,10 @@ def backward(form: Form, layers: list[Tensors], saved: Saved, grads: Tensors) ->
         None if grad is None else grad.detach() if grad.stride() == weight.stride() else _copy_like(weight, grad)
         for grad, (weight, *_) in zip(grads, layers, strict=True)
     ]
-    gate_grads = [[] if grad is None else _like(gate) for grad, (_, *gate) in zip(grads, layers, strict=True)]
+    gate_grads = [
+        [] if grad is None else [torch.empty_like(tensor) for tensor in gate]
+        for grad, (_, *gate) in zip(grads, layers, strict=True)
+    ]
     table, columns = _table(layers, gates, grads, gate_grads)
     sizes = {"LAYERS": columns, "BLOCK": BLOCK}
     known = {"STANDARDIZED": form.standardized, "GATE": KINDS[form.gate or type(None)], **sizes}
@@ -250,7 +272,7 @@ def _table(
         first += len(weight)
     count = triton.next_power_of_2(len(columns))
     columns += [[first] + [0] * (kernels.ROWS - 1)] * (count - len(columns))
-    table, device = torch.tensor(columns).T.contiguous(), layers[0][0].device
+    table, device = torch.tensor(columns, device="cpu").T.contiguous(), layers[0][0].device
     # From pinned memory, so that the CPU doesn't wait for the copy.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table, count
 
@@ -258,7 +280,7 @@ def _table(
 def _like(tensors: list[Tensor]) -> list[Tensor]:
     """Memory for tensors of these sizes and strides, all in one piece."""
     sizes = [_ceil(tensor.numel(), ALIGNMENT) * ALIGNMENT for tensor in tensors]
-    parts = tensors[0].new_empty(sum(sizes)).split(sizes) if tensors else ()
+    parts = tensors[0].new_empty(sum(sizes)).split(sizes)
     return [part.as_strided(like.shape, like.stride()) for part, like in zip(parts, tensors, strict=True)]
 
 

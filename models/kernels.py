@@ -1,8 +1,9 @@
 """Triton kernels that excite the weights of many layers at once; gpu.py says in which order they run.
 
 What takes a GPU's time here is memory and launches. So a kernel works on all layers, whose tensors it finds by their
-addresses, and its programs have one filter each, or one tile of a matrix product. Both passes together go through the
-weights nine times. With V the gated weight and MA the map's pole:
+addresses, and its programs have one filter each, or one tile of a matrix product. Both passes together fetch or write
+weights and their gradients nine times; what a program reads again is in its cache. With V the gated weight and MA the
+map's pole:
 
     forward    statistics, relative       mean and deviation of each filter, and the statistic that drives the gates
                hidden_features, gates     the gates' two layers

@@ -340,7 +340,7 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     used = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
     if used:
         weights, grads = zip(*used, strict=True)
-        torch.autograd.backward(weights, _own_memory(grads))
+        torch.autograd.backward(weights, _own_memory(grads, [parameter.grad for parameter in model.parameters()]))
 
 
 def _can_be_excited_once(conv: ExcitedConv) -> bool:
@@ -358,34 +358,33 @@ def _gate_parameters(conv: ExcitedConv) -> list[Tensor]:
 
 
 def _excited_weights(convs: list[ExcitedConv]) -> list[Tensor]:
-    """The excited weight of each layer: on a GPU all together, elsewhere one after another."""
-    together = {}
-    if any(map(is_on_gpu, convs)):
-        form = gpu_form()
-        layers = {conv: Layer(conv.steps, conv.weight, conv.gate) for conv in convs if is_on_gpu(conv)}
-        layers = {conv: layer for conv, layer in layers.items() if form.can_excite(layer)}
-        together = dict(zip(layers, form.excite_weights(list(layers.values())), strict=True))
+    """The excited weight of each layer: on a GPU together, where one of its forms can; else one after another."""
+    together, rest = {}, {conv: Layer(conv.steps, conv.weight, conv.gate) for conv in convs if is_on_gpu(conv)}
+    for form in gpu_forms() if rest else ():
+        layers = {conv: layer for conv, layer in rest.items() if form.can_excite(layer)}
+        together |= zip(layers, form.excite_weights(list(layers.values())), strict=True)
+        rest = {conv: layer for conv, layer in rest.items() if conv not in layers}
     return [together[conv] if conv in together else _excited_alone(conv) for conv in convs]
 
 
 def is_on_gpu(conv: ExcitedConv) -> bool:
-    """Whether the layer is."""
-    return conv.weight.is_cuda
+    """Whether the layer's memory is; that of a tensor's subclass, such as a fake one, may be anywhere."""
+    return conv.weight.is_cuda and type(conv.weight) in (Tensor, nn.Parameter)
 
 
-def gpu_form() -> ModuleType:
-    """What excites layers on a GPU: gpu.py's kernels, or stacked.py."""
+def gpu_forms() -> tuple[ModuleType, ...]:
+    """What excites layers on a GPU, the fastest first: gpu.py's kernels, and stacked.py for what they can't."""
     # A graph that the caller captures would keep the addresses of this call.
-    return stacked if torch.cuda.is_current_stream_capturing() else _gpu_form()
+    return (stacked,) if torch.cuda.is_current_stream_capturing() else _gpu_forms()
 
 
 @functools.cache
-def _gpu_form() -> ModuleType:
+def _gpu_forms() -> tuple[ModuleType, ...]:
     if importlib.util.find_spec("triton") is None:  # as on Windows
-        return stacked
+        return (stacked,)
     from . import gpu
 
-    return gpu if gpu.is_usable() else stacked
+    return (gpu, stacked) if gpu.is_usable() else (stacked,)
 
 
 def _excited_alone(conv: ExcitedConv) -> Tensor:
@@ -410,10 +409,11 @@ def _gate_tensors(conv: ExcitedConv) -> list[Tensor]:
     return [] if conv.gate is None else conv.gate.tensors()
 
 
-def _own_memory(grads: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients that may be overwritten: autograd gives several leaves the same one, or an expanded one."""
+def _own_memory(grads: tuple[Tensor, ...], others: list[Tensor | None]) -> list[Tensor]:
+    """Gradients that may be overwritten: autograd gives several leaves one memory, or an expanded tensor."""
     storages = [grad.untyped_storage() for grad in grads]
     owners = Counter(storage._cdata for storage in storages)
+    owners.update(grad.untyped_storage()._cdata for grad in others if grad is not None)
     return [
         grad if owners[storage._cdata] == 1 and storage.nbytes() >= grad.nbytes else grad.contiguous().clone()
         for grad, storage in zip(grads, storages, strict=True)

@@ -52,7 +52,7 @@ def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], o
 def as_on_a_gpu(monkeypatch) -> None:
     """Inside excited_once(), layers are excited together: in stacks, as the kernels' interpreter takes its time."""
     monkeypatch.setattr(layers, "is_on_gpu", lambda conv: True)
-    monkeypatch.setattr(layers, "gpu_form", lambda: stacked)
+    monkeypatch.setattr(layers, "gpu_forms", lambda: (stacked,))
 
 
 @pytest.mark.parametrize("options", ["", "--channels-last"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from models import excitation, layers, stacked
 from models.excitation import ChannelGate
@@ -23,7 +24,7 @@ gpu = pytest.importorskip("models.gpu")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 # in_channels, out_channels, kernel, groups, layout
-SHAPES = [(10, 6, 1, 1, CONTIGUOUS), (3, 2, 3, 1, CONTIGUOUS), (4, 4, 3, 2, LAST), (3, 2, 3, 1, LAST)]
+SHAPES = [(10, 6, 1, 1, CONTIGUOUS), (3, 2, 3, 1, CONTIGUOUS), (16, 8, 2, 8, LAST), (3, 2, 3, 1, LAST)]
 BOUNDS = {torch.float64: 1e-13, torch.float32: 3e-6}  # of the norm of a difference, relative to the norm
 QUICK = ("we", True), ("we", False)  # the interpreter takes its time
 SETTINGS = [
@@ -48,7 +49,7 @@ def form(request, monkeypatch):
         for name in ("FEATURE_TILES", "LAYER_TILES"):
             monkeypatch.setattr(gpu, name, {kind: {"M": 4, "N": 4, "K": 4} for kind in gpu.KINDS})
     monkeypatch.setattr(layers, "is_on_gpu", lambda conv: True)
-    monkeypatch.setattr(layers, "gpu_form", lambda: request.param)
+    monkeypatch.setattr(layers, "gpu_forms", lambda: (request.param,))
     return request.param
 
 
@@ -190,6 +191,48 @@ def test_steps_are_those_without_a_block(form, formulation):
     assert_same_step(model)
 
 
+def test_writes_inside_a_block(form):
+    """Another layer's, here a teacher's, does no harm; one whose gradient is wanted raises, or has it by a copy."""
+    model = network("paper")
+    model[6].requires_grad_(False)
+    want = gradients(copy.deepcopy(model), contextlib.nullcontext)
+
+    @contextlib.contextmanager
+    def writing(model):
+        with excited_once(model):
+            yield
+            with torch.no_grad():
+                model[6].weight.mul_(1.0)
+
+    for one, other in zip(gradients(model, writing), want, strict=True):
+        assert one is None or (one - other).norm() <= 1e-11 * other.norm()
+    refused = pytest.raises(RuntimeError, match="written to after it was excited")
+    with refused if form is gpu else contextlib.nullcontext(), excited_once(model):
+        model(torch.randn(1, 3, 5, 5, dtype=torch.float64, device=DEVICE)).sum().backward()
+        with torch.no_grad():
+            model[0].weight.mul_(1.1)
+
+
+def test_a_gradient_that_is_also_anothers_stays(form):
+    """That of what is added to an excited weight, as adapters do, lies in the same memory."""
+    conv = Conv2d(4, 3, 3, formulation="paper").to(DEVICE).double()
+    conv.delta = nn.Parameter(torch.zeros_like(conv.weight))
+    with excited_once(conv):
+        weight = conv.excited_weight().flatten(1) + conv.delta.flatten(1)
+        (weight * torch.arange(weight.numel(), device=DEVICE).view_as(weight)).sum().backward()
+    assert torch.equal(conv.delta.grad.flatten(), torch.arange(conv.weight.numel(), device=DEVICE).double())
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast_around_the_block(form, kind):
+    conv = Conv2d(4, 3, 3, formulation="paper").to(DEVICE)
+    exact, *grads = expected(conv, torch.ones_like(conv.weight))
+    with torch.autocast(DEVICE, kind), excited_once(conv):
+        assert_near(conv.excited, exact, 1e-5)
+        conv.excited.sum().backward()
+    assert_near(conv.weight.grad, grads[0], 1e-5)
+
+
 def test_frozen_layers_keep_no_activations(form):
     """Only what a layer's own weight or gate needs: otherwise all activations and the whole backward pass are kept."""
     model = network("channel")
@@ -203,7 +246,25 @@ def test_frozen_layers_keep_no_activations(form):
 
 
 class OwnGate(ChannelGate):
-    """As a researcher would write it."""
+    """As a researcher would write it: by the largest weight of each filter in place of the mean, and doubled."""
+
+    @staticmethod
+    def statistic(raw, weight):
+        return raw.abs().amax((1, 2, 3))
+
+    def forward(self, statistic):
+        return 2 * super().forward(statistic)
+
+
+def test_a_gate_of_ones_own_is_applied(form):
+    conv = Conv2d(4, 6, 3).to(DEVICE).double()
+    conv.gate = OwnGate(4, 6).to(DEVICE).double()
+    features = conv.weight.abs().amax((1, 2, 3))
+    gates = 2 * conv.gate.fc2(conv.gate.fc1(features / features.mean()).relu()).sigmoid()
+    weight = excitation.activation_map(excitation.standardize(conv.weight) * gates[:, None, None, None])
+    torch.testing.assert_close(conv.excited_weight(), weight)
+    with excited_once(conv):
+        torch.testing.assert_close(conv.excited, weight.detach())
 
 
 def test_what_is_excited_together(monkeypatch):
@@ -216,16 +277,18 @@ def test_what_is_excited_together(monkeypatch):
     transposed.gate.fc1.weight.data = transposed.gate.fc1.weight.data.mT.contiguous().mT
     sliced = conv()
     sliced.weight.data = torch.randn(32, 8, 3, 3)[:, ::2]
+    pruned = conv()
+    pruned.weight.data = pruned.weight.data[:20]
     made = {"plain": plain, "channels last": conv().to(memory_format=torch.channels_last), "double": conv().double()}
     made |= {"own gate": own, "gate of another type": other, "hook": hooked, "half": conv().bfloat16()}
-    made |= {"transposed": transposed, "gaps": sliced, "no gate": conv(excitation="none")}
+    made |= {"transposed": transposed, "gaps": sliced, "pruned": pruned, "no gate": conv(excitation="none")}
     together = {
         each.__name__: [name for name, one in made.items() if each.can_excite(*as_layers([one]))]
         for each in (gpu, stacked)
     }
     assert together == {
         "models.gpu": ["plain", "channels last", "double", "no gate"],
-        "models.stacked": ["plain", "channels last", "double", "own gate", "transposed", "gaps", "no gate"],
+        "models.stacked": ["plain", "channels last", "double", "transposed", "gaps", "pruned", "no gate"],
     }
 
 
@@ -252,19 +315,45 @@ def test_which_form_a_gpu_gets(monkeypatch):
     monkeypatch.setattr(gpu, "is_usable", lambda: usable[-1])
 
     def chosen():
-        layers._gpu_form.cache_clear()
-        return layers.gpu_form()
+        layers._gpu_forms.cache_clear()
+        return layers.gpu_forms()
 
-    assert chosen() is gpu
+    assert chosen() == (gpu, stacked)
     captures.append(True)
-    assert chosen() is stacked
+    assert chosen() == (stacked,)
     captures.append(False)
     usable.append(False)
-    assert chosen() is stacked
+    assert chosen() == (stacked,)
     usable.append(True)
     found.append(None)
-    assert chosen() is stacked
-    layers._gpu_form.cache_clear()
+    assert chosen() == (stacked,)
+    layers._gpu_forms.cache_clear()
+
+
+def test_what_the_kernels_refuse_is_stacked(monkeypatch):
+    seen = []
+    for form, name in ((gpu, "kernels"), (stacked, "stacks")):
+        count = functools.partial(lambda name, layers: seen.append((name, len(layers))) or [], name)
+        monkeypatch.setattr(form, "excite_weights", lambda given, count=count: count(given) or [None] * len(given))
+    monkeypatch.setattr(layers, "is_on_gpu", lambda conv: True)
+    monkeypatch.setattr(layers, "gpu_forms", lambda: (gpu, stacked))
+    transposed = Conv2d(4, 32, 3)
+    transposed.gate.fc1.weight.data = transposed.gate.fc1.weight.data.mT.contiguous().mT
+    layers._excited_weights([Conv2d(4, 6, 3), transposed, Conv2d(4, 6, 3)])
+    assert seen == [("kernels", 2), ("stacks", 1)]
+
+
+def test_a_fake_tensor_is_nowhere():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        conv = Conv2d(4, 6, 3, device="cuda")
+    assert conv.weight.is_cuda and not layers.is_on_gpu(conv)
+
+
+def test_tiles_are_such_as_a_gpu_has():
+    sizes = [
+        size for tiles in (gpu.FEATURE_TILES, gpu.LAYER_TILES) for tile in tiles.values() for size in tile.values()
+    ]
+    assert all(size >= 16 and size.bit_count() == 1 for size in (*sizes, gpu.BLOCK))
 
 
 def test_a_triton_that_does_not_work_is_told_in_one_line(monkeypatch):
@@ -276,7 +365,7 @@ def test_a_triton_that_does_not_work_is_told_in_one_line(monkeypatch):
         raise RuntimeError("Traceback\nFailed to find C compiler.")
 
     monkeypatch.setattr(gpu.kernels, "nothing", {(1,): launch})
-    with pytest.warns(UserWarning, match=r"\ATriton doesn't work here, .* \(Failed to find C compiler\.\); it needs"):
+    with pytest.warns(UserWarning, match=r"\ATriton doesn't work here, .* \(Failed to find C compiler\.\); what"):
         assert not gpu.is_usable()
 
 
@@ -314,6 +403,8 @@ def test_launches_are_few_and_on_the_device_of_the_layers(launches, formulation,
     torch.autograd.backward(weights, [torch.empty_like(weight) for weight in weights])
     assert len(launches) == forward + backward
     assert {device for _, device in launches} == {torch.device("meta")}
+    gpu.excite_weights(as_layers([Conv2d(4, 6, 3, formulation=formulation, device=place) for place in ("meta", "cpu")]))
+    assert len(launches) == 3 * forward + backward  # each device has its own
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="pretends a GPU")
