@@ -319,7 +319,8 @@ def excited_once(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: the model is wrapped in what can't work with it.
-        RuntimeError: an optimizer of these weights steps inside, or a backward pass comes after the end.
+        RuntimeError: an optimizer of these weights steps inside, or a backward pass comes after the end; on a GPU, also
+            where a weight is written to inside after it was used.
     """
     modules = list(model.modules())
     _refuse_wrappers(modules)
