@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -91,9 +91,13 @@ def train(run: imagenet.Run, batches: list[Batch], steps: int = 3) -> nn.Module:
 
 
 def distance(one: nn.Module, other: nn.Module) -> float:
-    """Of the parameters: the largest ratio of a difference's norm to the norm."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    pairs = ((a.detach().cpu().double(), b.detach().cpu().double()) for a, b in pairs)
+    """Of the parameters, as :func:`apart` has it."""
+    return apart(one.parameters(), other.parameters())
+
+
+def apart(ones: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> float:
+    """The largest ratio of a difference's norm to the norm."""
+    pairs = ((a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(ones, others, strict=True))
     return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
 
 
@@ -117,6 +121,8 @@ def checks() -> Iterator[tuple[str, float, float]]:
         alone = train(run_of(copy.deepcopy(base), "--iter-size 2"), batches(6, 32, 2))
     yield "float64, DistributedDataParallel of one process", distance(alone, one), 1e-9
 
+    for formulation, (dtype, bound) in product(FORMULATIONS, ((torch.float64, 1e-12), (torch.float32, 1e-4))):
+        yield f"excitation of all layers, {formulation}, {dtype}", excitation_distance(formulation, dtype), bound
     yield from blocks(base)
     base.float()
     exact = loss_of(base, "")
@@ -193,7 +199,7 @@ def block_distance(model: nn.Module, images: torch.Tensor) -> float:
         for _ in range(2):
             with block(network):
                 network(images).square().mean().backward()
-    return gradient_distance(model, plain)
+    return apart(gradients(model), gradients(plain))
 
 
 def replayed_distance(model: nn.Module, images: torch.Tensor) -> float:
@@ -219,16 +225,29 @@ def replayed_distance(model: nn.Module, images: torch.Tensor) -> float:
     plain = copy.deepcopy(model)
     plain.zero_grad()
     step(plain, contextlib.nullcontext)
-    return gradient_distance(model, plain)
+    return apart(gradients(model), gradients(plain))
 
 
-def gradient_distance(one: nn.Module, other: nn.Module) -> float:
-    """:func:`distance` of the gradients."""
-    gradients = copy.deepcopy(one), copy.deepcopy(other)
-    for model, source in zip(gradients, (one, other), strict=True):
-        for parameter, given in zip(model.parameters(), source.parameters(), strict=True):
-            parameter.data = given.grad.clone()
-    return distance(*gradients)
+def excitation_distance(formulation: str, dtype: torch.dtype) -> float:
+    """How far the excited weights of the whole network and all gradients are from the fused form's in float64."""
+    torch.manual_seed(0)
+    model = models.create(ARCH, num_classes=5, formulation=formulation)
+    exact = copy.deepcopy(model).double()
+    pairs = zip(*([m for m in one.modules() if isinstance(m, ExcitedConv)] for one in (model, exact)), strict=True)
+    pairs, weights = list(pairs), []
+    model.to(DEVICE, dtype)
+    with excited_once(model):
+        for ours, theirs in pairs:
+            weights += [ours.excited.clone(), weight := theirs.excited_weight()]
+            upstream = torch.randn(weight.shape, dtype=torch.float64)
+            ours.excited.grad = upstream.to(DEVICE, dtype)
+            weight.backward(upstream)
+    return max(apart(weights[::2], weights[1::2]), apart(gradients(model), gradients(exact)))
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    """Of the parameters that have one."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def waits(model: nn.Module, amp: str) -> int:

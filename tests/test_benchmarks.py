@@ -46,7 +46,7 @@ def test_gpu(rows, monkeypatch):
 def test_checks_of_a_gpu(capsys):
     assert gpu.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert len(lines) == 17
+    assert len(lines) == 21
     assert all(line.startswith("ok ") for line in lines)
 
 
