@@ -154,6 +154,9 @@ def gpus(monkeypatch) -> SimpleNamespace:
         (torch.accelerator, "current_accelerator", lambda: torch.device("cpu")),
         (torch.accelerator, "current_stream", lambda device: contextlib.nullcontext()),
         (torch.accelerator, "device_index", lambda device: contextlib.nullcontext()),
+        (torch.cuda, "current_stream", contextlib.nullcontext),  # torch 2.8 asks these three
+        (torch.cuda, "stream", contextlib.nullcontext),
+        (torch.cuda, "device", contextlib.nullcontext),
         (torch, "is_autocast_enabled", lambda device="cpu": is_enabled(device)),  # without a device, CUDA's
     ):
         monkeypatch.setattr(place, name, value)

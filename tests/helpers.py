@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torchvision.models._api import register_model
 
 import imagenet
 import models
@@ -26,15 +28,30 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds; so long a busy machine may take for what takes seconds
 SIZES = ["--image-size", "32", "-j", "0", "--train-batch", "4", "--test-batch", "3"]
 EXCITED = ["-a", "l_tiny", "--lr", "0.002", *SIZES]
-# For what starts imagenet.py itself, which has no l_tiny, and for tests about BatchNorm.
+BATCH_NORM = ["-a", "tiny_bn", "--lr", "0.01", *SIZES]
+# For what starts imagenet.py itself, which has neither.
 SMALL = ["-a", "shufflenet_v2_x0_5", "--lr", "0.01", *SIZES]
 TINY = ["-a", "l_resnet18", "--lr", "0.002", *SIZES]
 
 
 def register_tiny() -> None:
-    """Add ``l_tiny`` to the networks: the stem and one block of l_resnet18, 85,000 parameters."""
+    """Add ``l_tiny`` to the networks, the stem and one block of l_resnet18, and ``tiny_bn``, as torchvision's."""
     models.EXCITED["l_tiny"] = functools.partial(ResNet, BasicBlock, (1, 0, 0, 0))
-    models.ARCHITECTURES = (*models.EXCITED, *models.TORCHVISION)
+    models.ARCHITECTURES = (*models.EXCITED, *models.TORCHVISION, "tiny_bn")
+
+
+@register_model()
+def tiny_bn(num_classes: int = 1000, dropout: float = 0.0) -> torch.nn.Module:
+    """Two convolutions with BatchNorm, and dropout."""
+    convs = torch.nn.Conv2d(3, 16, 3, 4, bias=False), torch.nn.Conv2d(16, 32, 3, 2, bias=False)
+    body = [layer for conv in convs for layer in (conv, torch.nn.BatchNorm2d(conv.out_channels), torch.nn.ReLU())]
+    head = (
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Dropout(dropout),
+        torch.nn.Linear(32, num_classes),
+    )
+    return torch.nn.Sequential(*body, *head)
 
 
 def run_command(*words) -> int:
@@ -96,6 +113,15 @@ def in_a_process(body: Callable[[], int]) -> int:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def copy_folder(folder: Path, place: Path) -> Path:
+    """A copy that can be written to, also of a checkout that can't be."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            (place / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / path.relative_to(folder))
+    return place
 
 
 def checkpoint(folder: Path, name: str = "checkpoint.pth.tar") -> dict:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,9 +54,10 @@ def test_shared_memory_that_is_full(command, images, run, tmp_path, monkeypatch,
     )
 
 
-def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
+def test_a_long_name_of_the_folder_for_temporary_files(command, images, tmp_path, monkeypatch):
     (long := tmp_path / ("long" * 25)).mkdir()
-    ended = train(images, tmp_path / "run", "-j", 1, TMPDIR=str(long))
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    ended = command(*EXCITED, "-d", images, "-c", tmp_path / "run", "-j", 1)
     assert_fails(ended, 1, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
 
 
@@ -73,6 +75,7 @@ def test_a_small_dev_shm(images, tmp_path):
     assert_fails(ended, 1, "can't hand over a batch", "No space left on device", "--shm-size")
 
 
+@pytest.mark.slow
 def test_few_open_files(images, tmp_path):
     ended = train(images, tmp_path, "-j", 4, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
     assert_fails(ended, 1, "oo many open files", "lower --workers")
@@ -81,9 +84,7 @@ def test_few_open_files(images, tmp_path):
 # --- notebooks
 
 
-def test_a_notebooks_backend_that_is_not_here(images, finished, tmp_path):
-    ended = train(images, tmp_path / "run", "--demo", MPLBACKEND=NOTEBOOK)
-    assert (ended.status, ended.err) == (0, "")
+def test_a_notebooks_backend_that_is_not_here(finished, tmp_path):
     ended = run_process("-m", "utils.compare", finished, "--out", tmp_path / "curves.png", MPLBACKEND=NOTEBOOK)
     assert (ended.status, ended.err) == (0, "")
     assert (tmp_path / "curves.png").exists()

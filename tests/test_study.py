@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import fashion_mnist, study
-from tests.helpers import ROOT
+from tests.helpers import ROOT, copy_folder
 from utils.errors import BadInput, RunFailed
 
 STORED = ROOT / "benchmarks" / "fashion-mnist-10k"
@@ -73,8 +73,7 @@ def test_an_interval_against_the_textbook():
 
 
 def test_the_stored_study_gives_the_stored_tables(tmp_path, capsys):
-    shutil.copytree(STORED, tmp_path / "study")
-    assert run("--out", tmp_path / "study") == 0
+    assert run("--out", copy_folder(STORED, tmp_path / "study")) == 0
     assert capsys.readouterr().out == (STORED / "results.md").read_text()
     for name in ("results.md", "results.tsv", "study.json"):
         assert (tmp_path / "study" / name).read_bytes() == (STORED / name).read_bytes()

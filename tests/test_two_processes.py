@@ -13,6 +13,7 @@ from torch import nn
 import imagenet
 from benchmarks.gpu import run_of
 from models.layers import Conv2d
+from tests.helpers import EXCITED, assert_close, checkpoint, run_command
 from utils import distributed
 from utils.errors import BadInput
 from utils.signals import Stop
@@ -21,18 +22,20 @@ from utils.workers import Batch
 CPU = torch.device("cpu")
 
 
-def in_two(body: Callable[[int], object]) -> list:
-    """What the body gives in each of two processes that have met, by rank."""
+def in_two(body: Callable[[int], object], meets: bool = True) -> list:
+    """What the body gives in each of two processes, by rank; they meet before it, unless it does that itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
 
     def process(rank: int, pipe) -> None:
-        distributed.PROCESSES, distributed.RANK = 2, rank
+        distributed.PROCESSES = distributed.LOCAL_PROCESSES = 2
+        distributed.RANK = distributed.LOCAL_RANK = rank
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
-            distributed.join_others(CPU)
+            if meets:
+                distributed.join_others(CPU)
             pipe.send(body(rank))
             distributed.leave()
         except BaseException:
@@ -52,6 +55,30 @@ def in_two(body: Callable[[int], object]) -> list:
         for one in both:
             one.join()
         assert [one.exitcode for one in both] == [0, 0]
+
+
+def test_a_run_of_two_is_that_of_one(float64, images, tmp_path, stop_after):
+    """With a dropout of 0, as each process has its own; a signal to the second one stops both."""
+    words = [*EXCITED, "-d", images, "--epochs", 2, "--iter-size", 1]
+    assert run_command(*words, "-c", tmp_path / "one") == 0
+
+    def stopped(rank):
+        if rank == 1:
+            stop_after(2)
+        return run_command(*words, "-c", tmp_path / "two")
+
+    assert in_two(stopped, meets=False) == [143, 143]
+    saved = checkpoint(tmp_path / "two")
+    assert (saved["epoch"], saved["step"], saved["sums"][3]) == (0, 2, 8)
+    assert in_two(lambda rank: run_command("--resume", tmp_path / "two"), meets=False) == [0, 0]
+    assert_close(tmp_path / "one", tmp_path / "two", 1e-9)
+
+
+def test_one_process_draws_the_demo_for_both(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.demo.IMAGES", {"train": 1, "val": 1})
+    words = ["--demo", "-a", "l_tiny", "--epochs", 1, "-j", 0, "--train-batch", 4]
+    assert in_two(lambda rank: run_command(*words), meets=False) == [0, 0]
 
 
 def test_sums_and_the_largest_are_over_both():

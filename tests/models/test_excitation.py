@@ -87,7 +87,7 @@ def test_float32_is_close_to_float64(conv):
         assert (ours - exact).abs().max() <= (1e-5 if index == 0 else 1e-3) * exact.abs().max()
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (2, 3, 3, 1), (4, 4, 2, 2)])  # of which gradcheck takes no time
 def test_gradients_with_the_maximum_fixed(conv):
     conv.double()
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from models import layers
 from models.imagenet.resnet import BasicBlock, ResNet
 from models.layers import KINDS, Conv2d, excite, excited_once, fold
+from tests.helpers import copy_folder
 
 
 @pytest.mark.parametrize("wrong", [{"excitation": "all"}, {"formulation": "mine"}])
@@ -137,6 +137,6 @@ def test_the_loop_of_the_readme():
 
 
 def test_the_package_works_under_another_name(tmp_path):
-    shutil.copytree(Path(layers.__file__).parent, tmp_path / "theirs")
+    copy_folder(Path(layers.__file__).parent, tmp_path / "theirs")
     code = "import theirs, sys; theirs.create('l_resnet18', num_classes=2); assert 'models' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

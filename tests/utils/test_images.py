@@ -2,7 +2,9 @@
 
 import io
 import random
+import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +52,14 @@ def test_a_size_beyond_reason_is_an_error_and_takes_no_memory():
     bomb = FORMATS["rgb.jpg"][:frame] + b"\xff" * 4 + FORMATS["rgb.jpg"][frame + 4 :]
     with pytest.raises(Image.DecompressionBombError):
         decode(as_read(bomb))
+
+
+@pytest.mark.parametrize("name", ["rgb.jpg", "rgb.png", "lossy.webp"])
+def test_pillows_bound_holds_for_every_decoder(monkeypatch, name):
+    """It refuses twice as many."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", IMAGE.width * IMAGE.height // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError):
+        decode(as_read(FORMATS[name]))
 
 
 MUTATED = ["rgb.jpg", "progressive.jpg", "cmyk.jpg", "palette.png", "rgb.png", "lossy.webp", "still.gif", "rgb.tif"]
@@ -112,6 +122,17 @@ def test_crops_of_extreme_images():
         for index in range(20):
             assert (random_resized_crop(image, 16, random.Random(index)) == 20).all()
         assert resized_center_crop(image, 16).shape == (3, 16, 16)
+
+
+def test_an_image_of_one_line_fits_the_memory():
+    """Resized whole to 256 pixels of height, it would take 12 GB."""
+
+    def crop_in_a_gigabyte() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30,) * 2)
+        return int(resized_center_crop(torch.zeros(3, 1, 60_000, dtype=torch.uint8), 224).shape != (3, 224, 224))
+
+    assert in_a_process(crop_in_a_gigabyte) == 0
 
 
 def test_pixels_are_normalized_as_torchvision_does():

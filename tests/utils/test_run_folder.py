@@ -55,7 +55,7 @@ def fail_at(monkeypatch, at: int, dies: bool) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
     """Of a run's first save into another's folder, or of a later save."""
