@@ -411,12 +411,12 @@ def _gate_tensors(conv: ExcitedConv) -> list[Tensor]:
 
 
 def _own_memory(grads: tuple[Tensor, ...], others: list[Tensor | None]) -> list[Tensor]:
-    """Gradients that may be overwritten: autograd gives several leaves one memory, or an expanded tensor."""
+    """Gradients that may be overwritten: autograd can give several leaves views of one memory."""
     storages = [grad.untyped_storage() for grad in grads]
     owners = Counter(storage._cdata for storage in storages)
     owners.update(grad.untyped_storage()._cdata for grad in others if grad is not None)
     return [
-        grad if owners[storage._cdata] == 1 and storage.nbytes() >= grad.nbytes else grad.contiguous().clone()
+        grad if owners[storage._cdata] == 1 else grad.contiguous().clone()
         for grad, storage in zip(grads, storages, strict=True)
     ]
 

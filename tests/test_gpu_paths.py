@@ -22,6 +22,7 @@ from benchmarks.gpu import batches, run_of, train
 from models import layers, stacked
 from models.layers import Conv2d, group_norm
 from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, started
+from utils import checkpoint as checkpoints
 from utils import command as commands
 from utils import distributed
 from utils import workers as loading
@@ -246,6 +247,23 @@ def test_workers_of_a_run_on_a_gpu_outlive_a_signal_and_end_with_the_main_proces
     with started("-d", images, *SIZES, "-j", 1, "--epochs", 1, program=("-W", "ignore", "-c", KILLED)) as process:
         assert "left: (0, 0) None\n" in process.stdout
         process.communicate(timeout=PATIENCE)  # returns once no process has the pipes
+
+
+def test_the_random_states_of_all_gpus_are_saved_and_those_that_are_here_restored(monkeypatch):
+    """Dropout on a GPU draws from it; a run of four GPUs may go on with two."""
+    states = [torch.full((16,), index, dtype=torch.uint8) for index in range(4)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    torch.manual_seed(3)
+    saved = checkpoints.random_state()
+    drawn = torch.rand(3)
+    assert saved["cuda"] == states
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state}))
+    checkpoints.set_random_state(saved)
+    assert torch.equal(torch.rand(3), drawn)
+    assert restored == {0: states[0], 1: states[1]}
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

@@ -34,7 +34,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("silent", "loud", "same")
-MINUTES = 10  # for a run of pytest; tests that hang have noticed the fault
+NEAR_MINUTES, ALL_MINUTES = 4, 20  # for the near tests and for all others; those that hang have noticed the fault
 NOTICED, UNNOTICED = 10, 11  # exit statuses of a fault's process
 
 # The tests that belong to a file, those that tell soonest first; without an entry, its own and its folder's.
@@ -64,6 +64,7 @@ TESTS = {
     "utils/folders.py": "utils/test_data.py test_options.py test_imagenet.py",
     "utils/images.py": "utils/test_images.py utils/test_data.py test_options.py",
     "utils/logger.py": "utils/test_logger.py test_study.py test_imagenet.py",
+    "utils/meters.py": "utils/test_meters.py utils/test_logger.py test_gpu_paths.py test_imagenet.py",
     "utils/options.py": "utils/test_options.py test_options.py test_fine_tuning.py test_imagenet.py test_resuming.py",
     "utils/outputs.py": "test_visualize.py test_imagenet.py",
     "utils/pictures.py": "utils/test_pictures.py test_visualize.py",
@@ -155,12 +156,12 @@ def load_packages() -> None:
     import torchvision  # noqa: F401
 
 
-def run_pytest(log: int, *words: str) -> int:
-    """In this process and folder; prints to the file ``log``."""
+def run_pytest(minutes: int, log: int, *words: str) -> int:
+    """In this process and folder, which ends after so many minutes; prints to the file ``log``."""
     os.setsid()
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
-    signal.alarm(60 * MINUTES)
+    signal.alarm(60 * minutes)
     sys.path[0] = str(Path.cwd())
     for name in [name for name in sys.modules if name.partition(".")[0] in ("__main__", "tests")]:
         del sys.modules[name]  # those of the project itself, which is elsewhere
@@ -168,17 +169,18 @@ def run_pytest(log: int, *words: str) -> int:
     return pytest.main(["-x", "-p", "no:cacheprovider", *words])
 
 
-def what_fails(*words: str) -> str | None:
+def what_fails(minutes: int, *words: str) -> str | None:
     """The first test that fails of those that pytest is told to run here; None if all pass."""
     with tempfile.TemporaryFile() as log:
-        child = in_a_fork(run_pytest, log.fileno(), *words)
+        child = in_a_fork(run_pytest, minutes, log.fileno(), *words)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what the tests have started
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return (failed or [f"pytest ended with status {status}"])[0] if status else None
+    unusual = f"no end in {minutes} minutes" if status == -signal.SIGALRM else f"pytest ended with status {status}"
+    return (failed or [unusual])[0] if status else None
 
 
 def try_out(fault: Fault, root: Path, is_near: bool) -> int:
@@ -186,9 +188,9 @@ def try_out(fault: Fault, root: Path, is_near: bool) -> int:
     os.chdir(root)
     begin, own = time.monotonic(), tests_of(fault.file)
     with fault.put_in(root):
-        failed = what_fails(*own)
+        failed = what_fails(NEAR_MINUTES, *own)
         if not failed and not is_near:
-            failed = what_fails(*(f"--ignore={name}" for name in own))
+            failed = what_fails(ALL_MINUTES, *(f"--ignore={name}" for name in own))
     print(f"{time.monotonic() - begin:4.0f} s  {fault.describe()}\n{'':8}{failed or 'NOBODY NOTICED'}", flush=True)
     return NOTICED if failed else UNNOTICED
 
@@ -196,7 +198,7 @@ def try_out(fault: Fault, root: Path, is_near: bool) -> int:
 def check_tests(faults: list[Fault], root: Path) -> int:
     """Nothing can be measured by tests that fail without a fault."""
     os.chdir(root)
-    failed = what_fails(*dict.fromkeys(name for fault in faults for name in tests_of(fault.file)))
+    failed = what_fails(ALL_MINUTES, *dict.fromkeys(name for fault in faults for name in tests_of(fault.file)))
     if failed:
         print(f"without any fault, a test fails: {failed}", flush=True)
     return int(failed is not None)

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import math
 import os
 import random
@@ -9,6 +10,7 @@ import shlex
 import shutil
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -207,6 +209,14 @@ def test_batches_are_the_same_from_any_number_of_workers_and_any_step(images, it
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
 
 
+def test_the_time_that_a_run_waited_for_its_batches(images, monkeypatch):
+    source = data(images)
+    clock = itertools.accumulate(itertools.cycle([1.0, 0.25]))  # a quarter of a second for each
+    monkeypatch.setattr("utils.data.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    steps = [list(step) for step in source.training(0)]
+    assert (len(steps), source.waited) == (3, 3 * 0.25)
+
+
 def test_crops_are_distributed_as_torchvisions():
     """Many crops of an image of its own coordinates, of which blue marks the border."""
     width, height, size = 240, 160, 64
@@ -274,10 +284,13 @@ def test_a_bad_image_is_replaced_by_the_next_good_one_of_the_order(tmp_path):
     assert (replaced.target, dataset[1, order[0]].reasons) == (dataset.target(order[0]), [])
 
 
-def test_where_no_image_can_replace_a_bad_one_a_run_ends(tmp_path):
+def test_where_no_image_can_replace_a_bad_one_a_run_ends(tmp_path, monkeypatch):
+    """And doesn't go on with smaller batches; two in a row are bad."""
+    monkeypatch.setattr("utils.folders.REPLACEMENTS", 2)
     draw_folder(tmp_path, {"train": 3, "val": 1})
-    for path in (tmp_path / "train").glob("*/*"):
-        path.write_bytes(b"damaged")
+    files = sorted((tmp_path / "train").glob("*/*"))
+    for index in shuffle(len(files), 0, 0)[1:3]:
+        files[index].write_bytes(b"damaged")
     with pytest.raises(
         RunFailed, match=r"can't decode the image .*; nor can any of those before it in the epoch's order"
     ):

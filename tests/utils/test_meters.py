@@ -28,10 +28,10 @@ def test_sums_against_sorting(classes):
 
 def test_scores_are_means_over_images():
     scores = Scores()
-    scores.add([6.0, 1, 2, 3, 1, 1])
+    scores.add([6.0, 1, 2, 3, 1, 2])
     scores.add([2.0, 1, 1, 1, 0, 0])
     assert (scores.loss, scores.top1, scores.top5, scores.images, scores.bad_images) == (2, 50, 75, 4, 1)
-    assert str(scores) == "loss 2.0000  top-1 50.00  top-5 75.00 (1 steps skipped: fp16 overflowed)"
+    assert str(scores) == "loss 2.0000  top-1 50.00  top-5 75.00 (2 steps skipped: fp16 overflowed)"
     assert "4 of 5 images" in scores.describe_images()
 
 
@@ -59,6 +59,7 @@ def test_a_bar_leaves_out_what_matters_least(monkeypatch, columns):
     scores, data = Scores([60.0, 10, 20, 30, 0, 0]), SimpleNamespace(waited=0.0)
     progress = Progress("Epoch 12/90", 5004, 256, data, scores, done=9, later=78)
     list(progress.track([0]))
+    assert terminal.getvalue().endswith("\n")
     line = terminal.getvalue().strip().split("\r")[-1].rstrip("\n")
     assert len(line) < columns
     shown = [name in line for name in ("10/5004", "ETA", "loss", "top-1", "img/s", "top-5")]
