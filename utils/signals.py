@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 from utils import distributed
 
 # SIGUSR1 is what SLURM sends before a job's time is up. Windows has only the first two.
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+ECHO_SECONDS = 2  # within which another signal is the same wish
 
 
 class Stopped(Exception):
@@ -20,12 +22,12 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Inside ``with``, remembers a signal until :meth:`check` or :func:`waiting`; a second one ends the process."""
+    """Inside ``with``, remembers a signal until :meth:`check` or :func:`waiting`; one more ends the process at once."""
 
     active: "Stop | None" = None  # the one that signals go to
 
     def __init__(self) -> None:
-        self.number, self.is_waiting = 0, False
+        self.number, self.time, self.is_waiting = 0, 0.0, False
 
     def __enter__(self) -> "Stop":
         self.before = {number: signal.getsignal(number) for number in ENDING}
@@ -41,16 +43,18 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.number and distributed.UNDER_TORCHRUN:
-            return  # the same signal once more, which torchrun hands on to those that had it already
+        # torchrun hands a signal on to those that had it already, and timeout sends one to its child and to the group.
+        if self.number and (distributed.UNDER_TORCHRUN or time.monotonic() < self.time + ECHO_SECONDS):
+            return
         if self.number:
             os._exit(128 + number)
-        self.number = number
+        self.number, self.time = number, time.monotonic()
         if self.is_waiting:
             raise Stopped(number)
-        hint = b"" if distributed.UNDER_TORCHRUN else b"; a second signal stops at once"
+        hint = "" if distributed.UNDER_TORCHRUN else f"; another signal, {ECHO_SECONDS} s later, ends it unsaved"
         # print() isn't allowed here: the signal may have come in the middle of another print.
-        os.write(2, b"\nFinishing the optimizer step, then saving" + hint + b"\n")
+        with contextlib.suppress(OSError):  # Ctrl-C ends tee as well, and a terminal may be closed
+            os.write(2, f"\nFinishing the optimizer step, then saving{hint}\n".encode())
 
     @property
     def is_requested(self) -> bool:

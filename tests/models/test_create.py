@@ -81,6 +81,17 @@ def test_the_small_stem_is_initialized_as_the_other_layers():
         assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("arch", ["l_resnet18", "resnet18"])
+def test_the_small_stem_keeps_every_pixel(arch):
+    """3x3 with stride 1, and no pooling; the large one has 7x7, stride 2 and a pooling of 2."""
+    shapes = {"small": ((3, 3), (32, 32)), "large": ((7, 7), (8, 8))}
+    for stem, expected in shapes.items():
+        model, seen = models.create(arch, num_classes=2, stem=stem).eval(), []
+        model.layer1.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].shape[2:]))
+        model(torch.zeros(1, 3, 32, 32))
+        assert (model.conv1.kernel_size, tuple(seen[0])) == expected
+
+
 def test_cardinality_and_base_width():
     model = models.create("l_resnext50", cardinality=8, base_width=16)
     assert model.layer1[0].conv2.groups == 8

@@ -47,7 +47,7 @@ def form(request, monkeypatch):
     if DEVICE == "cpu":  # a GPU's smallest matrices are of 16 rows
         monkeypatch.setattr(gpu, "BLOCK", 8)
         for name in ("FEATURE_TILES", "LAYER_TILES"):
-            monkeypatch.setattr(gpu, name, {kind: {"M": 4, "N": 4, "K": 4} for kind in gpu.KINDS})
+            monkeypatch.setattr(gpu, name, {kind: {"M": 4, "N": 2, "K": 4} for kind in gpu.KINDS})
     monkeypatch.setattr(layers, "is_on_gpu", lambda conv: True)
     monkeypatch.setattr(layers, "gpu_forms", lambda: (request.param,))
     return request.param

@@ -146,6 +146,7 @@ def test_runs_are_named_by_what_differs(compare, tmp_path):
 REFUSALS = {
     "nowhere --out a.png": "nowhere: can't be read: No such file or directory",
     "damaged --out a.png": "damaged/log.txt: damaged, or no log of this trainer",
+    "empty --out a.png": "empty/log.txt: damaged, or no log of this trainer",
     "nan --out a.png": "nan/log.txt: damaged, or no log of this trainer",
     "1e308 --out a.png": "the curves have numbers that can't be drawn",
     "1 --out a.xyz": "--out: a.xyz should end in .png, .pdf, .svg",
@@ -157,6 +158,7 @@ REFUSALS = {
 @pytest.mark.parametrize("words", REFUSALS)
 def test_comparisons_that_are_refused(compare, tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
+    log(tmp_path / "empty", 0)
     for value in ("1", "2", "damaged", "nan", "1e308"):
         row = "\t".join([value] * len(COLUMNS)) + "\n"
         (log(tmp_path / value, 1, "imagenet.py --seed=1") / "log.txt").write_text("\t".join(COLUMNS) + "\n" + 2 * row)
