@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -79,6 +80,28 @@ def draw_folder(folder: Path, splits: dict[str, int], classes: tuple[str, ...] =
             for index in range(count + label):
                 draw(name, np.random.default_rng([index, label, len(split)])).save(place / f"{index}.jpg")
     return folder
+
+
+@contextlib.contextmanager
+def changed_logits(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """The networks that are made inside call this on the logits of each micro-batch of training."""
+
+    def hook(module: torch.nn.Module, inputs: tuple, logits: torch.Tensor) -> torch.Tensor | None:
+        return change(logits) if module.training and not logits.is_meta else None
+
+    def create_with_hook(*words, **options) -> torch.nn.Module:
+        model = create(*words, **options)
+        model.register_forward_hook(hook)
+        return model
+
+    create = models.create
+    with mock.patch.object(models, "create", create_with_hook):
+        yield
+
+
+def infinite_gradient(logits: torch.Tensor) -> torch.Tensor:
+    """The same logits: the root's gradient is infinite at zero, its value is not."""
+    return logits + (logits - logits.detach()).sqrt()
 
 
 @contextlib.contextmanager

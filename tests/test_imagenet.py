@@ -14,7 +14,6 @@ import torch
 import torchvision
 from PIL import Image
 
-import imagenet
 import models
 from tests.helpers import (
     EXCITED,
@@ -24,6 +23,7 @@ from tests.helpers import (
     assert_fails,
     assert_refused,
     assert_same_run,
+    changed_logits,
     checkpoint,
     contents,
     started,
@@ -308,14 +308,14 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_killed_worker_ends_the_run(command, images, tmp_path, monkeypatch):
-    classify, before = imagenet.classify, multiprocessing.active_children()
+def test_a_killed_worker_ends_the_run(command, images, tmp_path):
+    before, killed = multiprocessing.active_children(), []
 
-    def killing(*inputs):
-        (set(multiprocessing.active_children()) - {*before}).pop().kill()
-        monkeypatch.setattr(imagenet, "classify", classify)
-        return classify(*inputs)
+    def kill_one(logits):
+        if not killed:
+            killed.append((set(multiprocessing.active_children()) - {*before}).pop())
+            killed[0].kill()
 
-    monkeypatch.setattr(imagenet, "classify", killing)
-    ended = command(*EXCITED, "-d", images, "--epochs", 1000, "-j", 2, "-c", tmp_path / "run")
+    with changed_logits(kill_one):
+        ended = command(*EXCITED, "-d", images, "--epochs", 1000, "-j", 2, "-c", tmp_path / "run")
     assert_fails(ended, 1, "a process that loads images died")

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import imagenet
 from tests.helpers import (
     BATCH_NORM,
     EXCITED,
@@ -24,8 +23,10 @@ from tests.helpers import (
     assert_fails,
     assert_refused,
     assert_same_run,
+    changed_logits,
     checkpoint,
     contents,
+    infinite_gradient,
     run_command,
     started,
     wait_until,
@@ -320,24 +321,19 @@ def test_output_that_fails_does_not_end_a_run(run, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "iter_size", "amp"), [("loss", 1, "off"), ("gradient", 3, "off"), ("loss", 3, "fp16")]
 )
-def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, monkeypatch, kind, iter_size, amp):
+def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, kind, iter_size, amp):
     words = [*EXCITED, "-d", images, "--epochs", 2, "--train-batch", 2, "--iter-size", iter_size, "--save-freq", 1]
     words += ["--amp", amp]
     assert command(*words, "-c", tmp_path / "whole").status == 0
-    classify, calls = imagenet.classify, iter(range(10**6))
+    calls = iter(range(10**6))
 
-    def failing(*inputs):
-        loss, *rest = classify(*inputs)
-        if loss.requires_grad and next(calls) == 4:  # micro-batch 5
-            # The root's gradient is infinite at zero, its value is not.
-            loss = loss * math.nan if kind == "loss" else loss + (loss - loss.detach()).sqrt()
-            rest[0] *= loss.detach() / loss.detach()
-        return loss, *rest
+    def fail(logits):
+        if next(calls) == 4:  # micro-batch 5
+            return logits * math.nan if kind == "loss" else infinite_gradient(logits)
 
     run, step = tmp_path / "parts", 5 if iter_size == 1 else 2
-    monkeypatch.setattr(imagenet, "classify", failing)
-    result = command(*words, "-c", run)
-    monkeypatch.setattr(imagenet, "classify", classify)
+    with changed_logits(fail):
+        result = command(*words, "-c", run)
     assert_fails(result, 1, f"Epoch 1/2, step {step}, learning rate 0.002: the loss is")
     assert ("the loss is nan" in result.err) is (kind == "loss")
     saved = checkpoint(run)
@@ -346,16 +342,10 @@ def test_a_number_that_is_not_finite_stops_the_step(command, images, tmp_path, m
     assert_same_run(tmp_path / "whole", run)
 
 
-def test_fp16_does_not_skip_for_ever(command, images, tmp_path, monkeypatch):
-    classify = imagenet.classify
-
-    def failing(*inputs):
-        loss, *rest = classify(*inputs)
-        return (loss + (loss - loss.detach()).sqrt() if loss.requires_grad else loss), *rest
-
-    monkeypatch.setattr(imagenet, "classify", failing)
+def test_fp16_does_not_skip_for_ever(command, images, tmp_path):
     words = ["--train-batch", 1, "--epochs", 20, "--amp", "fp16"]
-    result = command(*EXCITED, "-d", images, *words, "-c", tmp_path / "run")
+    with changed_logits(infinite_gradient):
+        result = command(*EXCITED, "-d", images, *words, "-c", tmp_path / "run")
     assert_fails(result, 1, "Epoch 3/20, step 2, ")  # after 27 steps, each of which halves a scale of 2^16
     assert "(13 steps skipped: fp16 overflowed)" in result.out
 

@@ -259,16 +259,22 @@ def test_of_a_very_long_image_the_crop_is_torchvisions(shape):
 
 
 def test_the_order_is_whole_steps_of_each_epochs_shuffle(images):
-    source = data(images, "--iter-size", 2, "--train-batch", 3, "--seed", 3)
-    assert (source.step_images, source.steps, source.val_batches) == (6, 2, 3)
-    order = list(source._keys(0, 0))
-    first, validation, second = order[:4], order[4:7], order[7:11]
-    assert order[11:] == validation == [[(VAL, 0, index) for index in part] for part in ((0, 1, 2), (3, 4, 5), (6,))]
-    for epoch, part in enumerate((first, second)):
-        shuffled = shuffle(13, 3, epoch)[:12].reshape(4, 3).tolist()
-        assert part == [[(TRAIN, epoch, index) for index in batch] for batch in shuffled]
-    assert list(source._keys(0, 1)) == order[2:]
-    assert list(source._keys(1, 2)) == validation
+    def order(epoch: int, step: int) -> list[list[list[int]]]:
+        """The images of each batch of a run from there on, for each training and validation."""
+        source = data(images, "--iter-size", 2, "--train-batch", 3, "--seed", 3)
+        assert (source.step_images, source.steps, source.val_batches) == (6, 2, 3)
+        found = []
+        for number in range(epoch, 2):
+            steps = source.training(number, step if number == epoch else 0)
+            found.append([batch.indices for micro_batches in steps for batch in micro_batches])
+            found.append([batch.indices for batch in source.validation()])
+        return found
+
+    shuffled = [shuffle(13, 3, epoch)[:12].reshape(4, 3).tolist() for epoch in (0, 1)]
+    validation = [[0, 1, 2], [3, 4, 5], [6]]
+    assert order(0, 0) == [shuffled[0], validation, shuffled[1], validation]
+    assert order(0, 1) == [shuffled[0][2:], validation, shuffled[1], validation]
+    assert order(1, 2) == [[], validation]
     # Seeds and epochs don't stand in for each other.
     assert not np.array_equal(shuffle(23, 4, 0), shuffle(23, 3, 1))
 
