@@ -42,6 +42,16 @@ def test_a_row_for_each_image(command, images, run, tmp_path):
     assert "it needs -e" in command("--resume", run, "--epochs", 3, "--predictions", tmp_path / "other").err
 
 
+def test_a_wrong_guess_is_never_of_the_first_rank(tmp_path):
+    """Of two logits that are equal, the guess is one, and the class the other."""
+    data = Namespace(classes=["a", "b", "c"], folders={"val": Namespace(path="{}".format)})
+    predictions, logits = Predictions(data), torch.tensor([[1.0, 1.0, 0.0]])
+    for index in (0, 1):
+        predictions.add(Batch(logits, torch.tensor([index]), 0, [], indices=[index]), logits)
+    predictions.report(tmp_path / "rows.tsv")
+    assert sorted((row[1] == row[2], row[4]) for row in table(tmp_path / "rows.tsv")[1:]) == [(False, "2"), (True, "1")]
+
+
 def test_ranks_and_the_worst_of_many_classes(tmp_path, capsys):
     """Of two images a class, the first of class c has c classes before its own; the second is right."""
     classes = [f"c{label:02}" for label in range(21)]

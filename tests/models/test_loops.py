@@ -454,6 +454,28 @@ def test_a_changed_gate_is_called_as_a_module(formulation, context, is_hooked):
     same(gradients(model), gradients(reference))
 
 
+@BLOCK_OR_NOT
+@pytest.mark.parametrize("place", ["gate", "gate.fc1", "gate.fc2"])
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_of_a_gate_are_called(formulation, context, place, kind):
+    model, calls = layer(formulation), []
+    getattr(model.get_submodule(place), f"register_{kind}_hook")(lambda *_: calls.append(place))
+    with context(model):
+        loss(model, images()).backward()
+    assert calls == [place]
+
+
+def test_a_step_inside_is_refused_whichever_group_has_the_weights():
+    model = network()
+    others, weights = [], []
+    for name, parameter in model.named_parameters():
+        (weights if name.endswith("weight") and parameter.ndim == 4 else others).append(parameter)
+    optimizer = torch.optim.SGD([{"params": others}, {"params": weights}], 0.1)
+    with pytest.raises(RuntimeError, match="steps inside"), excited_once(model):
+        loss(model, images()).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(formulation, use_reentrant):
     def step(model):
