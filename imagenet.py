@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import os
 from collections import deque
 from collections.abc import Iterator
 
@@ -127,7 +128,8 @@ def main(argv: list[str]) -> int:
     if saved:
         run.restore(saved)
     with folder, Stop() as stop:
-        folder.note(f"# as typed\n{distributed.command(argv)}\n# every option\n{options.command(args)}\n")
+        typed, resolved = distributed.command(argv), options.command(args)
+        folder.note(f"# as typed in {os.getcwd()}\n{typed}\n# every option\n{resolved}\n")
         try:
             train(run, folder, stop)
         except Stopped as stopped:  # by a signal

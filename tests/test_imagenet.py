@@ -71,7 +71,9 @@ def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
 def test_the_resolved_command_repeats_the_run_with_any_number_of_workers(command, finished, images, tmp_path):
     words = [*EXCITED, "-d", images, "--formulation", "paper", "--no-standardize", "--drop", 0.3, "--epochs", 2]
     assert command(*words, "-c", tmp_path / "a").status == 0
-    resolved = shlex.split((tmp_path / "a" / "command.txt").read_text().splitlines()[3])
+    heading, _, _, resolved = (tmp_path / "a" / "command.txt").read_text().splitlines()
+    assert heading == f"# as typed in {os.getcwd()}"
+    resolved = shlex.split(resolved)
     assert resolved[1] == "imagenet.py"
     words = [word for word in resolved[2:] if not word.startswith(("--checkpoint=", "--workers="))]
     assert command(*words, "--workers", 2, "-c", tmp_path / "b").status == 0

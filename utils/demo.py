@@ -21,7 +21,7 @@ def draw_demo(folder: str | Path) -> None:
     It is drawn aside and renamed when it is whole, so an interrupted drawing is never taken for a dataset.
 
     Args:
-        folder: must not exist; its parent is made.
+        folder: its parent is made. If another command has drawn it meanwhile, it stays.
 
     Raises:
         OSError: the folder can't be written.
@@ -38,7 +38,11 @@ def draw_demo(folder: str | Path) -> None:
                 for index in range(count):
                     rng = np.random.default_rng([split_index, class_index, index])
                     draw(name, rng).save(target / f"{index:04d}.jpg", quality=90)
-        os.rename(aside, folder)
+        try:
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -19,14 +19,21 @@ from models.layers import sent_excited
 from utils.arguments import cores
 from utils.errors import BadInput
 
+
+def _number(name: str, default: int) -> int:
+    """Of the environment, where launchers other than torchrun have texts of their own, such as 2(x2)."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
+
+
 # As torchrun sets them; without it, there is one process.
 UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
-PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
+PROCESSES = max(_number("WORLD_SIZE", 1), 1)
 RANK, LOCAL_RANK, LOCAL_PROCESSES = (
-    int(os.environ.get(name) or value) if PROCESSES > 1 else value
+    _number(name, value) if PROCESSES > 1 else value
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
 )
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)  # by torchrun's --max-restarts
+RESTARTS = _number("TORCHELASTIC_RESTART_COUNT", 0)  # by torchrun's --max-restarts
 PARENT = os.getppid()
 TIMEOUT = timedelta(minutes=10)  # of waiting for another process, which may be saving
 
@@ -125,7 +132,7 @@ def join(args: argparse.Namespace) -> list[torch.device]:
 
     Raises:
         BadInput: no such device is there, or the options can't be had on it; or the environment speaks of several
-            processes, and of no place to meet.
+            processes, and not of how they meet.
     """
     devices = choose_devices(args.gpu_id)
     if args.sync_bn and PROCESSES > 1 and devices[0].type == "cpu":
@@ -140,8 +147,15 @@ def join(args: argparse.Namespace) -> list[torch.device]:
         check_works(device)
     if PROCESSES == 1:
         return devices
-    if "MASTER_ADDR" not in os.environ:
-        raise BadInput(f"WORLD_SIZE is {PROCESSES} in the environment, but this isn't torchrun's doing: unset it")
+    is_known = {
+        "RANK": 0 <= _number("RANK", -1) < PROCESSES,
+        "MASTER_ADDR": "MASTER_ADDR" in os.environ,
+        "MASTER_PORT": _number("MASTER_PORT", 0) > 0,
+    }
+    for name in is_known:
+        if not is_known[name]:
+            text = f"WORLD_SIZE is {PROCESSES} in the environment, without a usable {name}"
+            raise BadInput(f"{text}: start by torchrun, or unset WORLD_SIZE")
     join_others(devices[0])
     return devices
 

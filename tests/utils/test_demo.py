@@ -28,6 +28,19 @@ def test_it_is_an_image_folder_and_the_same_each_time_or_not_there(tmp_path, mon
     assert sorted(os.listdir(tmp_path / "data")) == ["a", "b"]
 
 
+def test_what_another_command_has_drawn_meanwhile_stays(tmp_path, monkeypatch):
+    """And nothing is left of this one's; another failure of the file system is one."""
+    monkeypatch.setattr(demo, "IMAGES", {"train": 1, "val": 1})
+    demo.draw_demo(tmp_path / "demo")
+    (tmp_path / "demo" / "theirs").touch()
+    demo.draw_demo(tmp_path / "demo")
+    assert (tmp_path / "demo" / "theirs").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        demo.draw_demo(tmp_path / "file")
+    assert sorted(os.listdir(tmp_path)) == ["demo", "file"]
+
+
 # The light part of a cell of 2 pi x 2 pi, where geometry gives it: a disc of radius 2.4, less one of 1.6, and so on.
 LIGHT = {"disc": 2.4**2 / (4 * np.pi), "ring": (2.4**2 - 1.6**2) / (4 * np.pi), "grid": 1 - (1 - 0.4 / np.pi) ** 2,
     "bars": 0.5, "stripes": 0.5, "checks": 0.5}  # fmt: skip

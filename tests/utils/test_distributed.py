@@ -1,5 +1,6 @@
 """The choice of devices, on machines with other GPUs than this one; parts of batches; commands to paste."""
 
+import runpy
 import sys
 from argparse import Namespace
 
@@ -46,6 +47,37 @@ def test_what_can_not_be_had(machine, monkeypatch):
         machine(*place)
         with pytest.raises(BadInput, match=text):
             join(Namespace(gpu_id="2,1" if place == (1,) else "0,1", compile=True, sync_bn=sync_bn))
+
+
+MEETING = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("name, value", [(name, None) for name in MEETING] + [("RANK", "2"), ("MASTER_PORT", "x")])
+def test_an_environment_that_speaks_of_several_processes_and_not_how_they_meet(machine, monkeypatch, name, value):
+    machine(0, 2)
+    for variable in MEETING:
+        monkeypatch.setenv(variable, MEETING[variable])
+    monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+    with pytest.raises(BadInput, match=f"^WORLD_SIZE is 2 in the environment, without a usable {name}: start by torch"):
+        join(Namespace(gpu_id="0", compile=False, sync_bn=False))
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({}, (1, 0, 0, 1, 0)), ({"WORLD_SIZE": "0"}, (1, 0, 0, 1, 0)),
+    ({"WORLD_SIZE": "2(x2)", "RANK": "3"}, (1, 0, 0, 1, 0)),
+    ({"RANK": "5", "LOCAL_RANK": "1"}, (1, 0, 0, 1, 0)), ({"WORLD_SIZE": "", "RANK": ""}, (1, 0, 0, 1, 0)),
+    ({"WORLD_SIZE": "8", "RANK": "6", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "3"},
+     (8, 6, 2, 4, 3)),
+])  # fmt: skip
+def test_variables_of_launchers(monkeypatch, variables, expected):
+    """torchrun's are numbers; others leave texts there."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    names = runpy.run_path(distributed.__file__)
+    found = [names[name] for name in ("PROCESSES", "RANK", "LOCAL_RANK", "LOCAL_PROCESSES", "RESTARTS")]
+    assert tuple(found) == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
