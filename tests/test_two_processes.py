@@ -72,6 +72,10 @@ def test_a_run_of_two_is_that_of_one(float64, images, tmp_path, stop_after):
     assert (saved["epoch"], saved["step"], saved["sums"][3]) == (0, 2, 8)
     assert in_two(lambda rank: run_command("--resume", tmp_path / "two"), meets=False) == [0, 0]
     assert_close(tmp_path / "one", tmp_path / "two", 1e-9)
+    words = ["-e", "--resume", tmp_path / "two", "--predictions"]
+    assert run_command(*words, tmp_path / "by one") == 0
+    assert in_two(lambda rank: run_command(*words, tmp_path / "by two"), meets=False) == [0, 0]
+    assert (tmp_path / "by two").read_text() == (tmp_path / "by one").read_text()
 
 
 def test_one_process_draws_the_demo_for_both(tmp_path, monkeypatch):

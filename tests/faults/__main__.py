@@ -40,12 +40,12 @@ NOTICED, UNNOTICED = 10, 11  # exit statuses of a fault's process
 # The tests that belong to a file, those that tell soonest first; without an entry, its own and its folder's.
 TESTS = {
     "imagenet.py": "test_options.py test_two_processes.py test_recipes.py test_imagenet.py test_gpu_paths.py "
-    "test_resuming.py utils",
+    "test_resuming.py",
     "models/": "models",
-    "models/__init__.py": "models/test_create.py models/imagenet test_options.py test_fine_tuning.py models",
-    "models/excitation.py": "models/test_excitation.py models",
-    "models/fused.py": "models/test_excitation.py models",
-    "models/layers.py": "models/test_layers.py models/test_loops.py models/test_create.py test_gpu_paths.py models",
+    "models/__init__.py": "models/test_create.py models/imagenet test_options.py test_fine_tuning.py",
+    "models/excitation.py": "models/test_excitation.py models/test_loops.py models/test_layers.py models",
+    "models/fused.py": "models/test_excitation.py models/test_loops.py models/test_layers.py models",
+    "models/layers.py": "models/test_loops.py models/test_layers.py models/test_create.py test_gpu_paths.py models",
     "models/gpu.py": "models/test_gpu.py test_gpu_paths.py",
     "models/kernels.py": "models/test_gpu.py",
     "models/stacked.py": "models/test_gpu.py models/test_loops.py test_gpu_paths.py",

@@ -27,7 +27,7 @@ def machine(monkeypatch):
     return is_of
 
 
-def test_devices(machine, capsys):
+def test_devices(machine, monkeypatch, capsys):
     machine(0)
     assert choose_devices("0,1") == [torch.device("cpu")]
     machine(4)
@@ -35,6 +35,8 @@ def test_devices(machine, capsys):
     machine(4, 4)
     assert choose_devices("0") == [torch.device("cuda", 3)]  # the local rank decides
     assert "GPU" in capsys.readouterr().out
+    monkeypatch.setattr(distributed, "PROCESSES", 8)  # on two such machines
+    assert choose_devices("0") == [torch.device("cuda", 3)]
     machine(2)
     assert choose_devices("0,1,2,3") == [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert "using 0,1" in capsys.readouterr().out

@@ -52,5 +52,7 @@ def test_weights():
     assert max(curve.get_ydata()) == pytest.approx(np.arctanh(1 / 1.1))
     gains = {line.get_label(): line.get_ydata() for line in figure.axes[5].get_lines()}
     assert gains["99.9th"] == pytest.approx([np.percentile(1 / (1 - layers[0].relative ** 2), 99.9)] * 3)
+    shares = next(axes for axes in figure.axes if axes.get_ylabel() == "weights (%)")
+    assert [patch.get_data().values.sum() for patch in shares.patches] == pytest.approx([100] * 3)
     assert len(draw_weights(layers[:1], "title").axes) == 5
     assert len(draw_weights([layer("plain", mapped=False)] * 3, "title").axes) == 3
