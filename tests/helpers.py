@@ -38,7 +38,8 @@ TINY = ["-a", "l_resnet18", "--lr", "0.002", *SIZES]
 def register_tiny() -> None:
     """Add ``l_tiny`` to the networks, the stem and one block of l_resnet18, and ``tiny_bn``, as torchvision's."""
     models.EXCITED["l_tiny"] = functools.partial(ResNet, BasicBlock, (1, 0, 0, 0))
-    models.ARCHITECTURES = (*models.EXCITED, *models.TORCHVISION, "tiny_bn")
+    models.TORCHVISION = tuple(dict.fromkeys([*models.TORCHVISION, "tiny_bn"]))
+    models.ARCHITECTURES = (*models.EXCITED, *models.TORCHVISION)
 
 
 @register_model()

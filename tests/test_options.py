@@ -315,7 +315,9 @@ def test_channels_last(train):
         layouts = [images.is_contiguous(memory_format=torch.channels_last) for images in seen.training]
         assert layouts == 3 * [is_last]
         output = seen.conv1[0][1]
-        assert output.is_contiguous(memory_format=torch.channels_last) is is_last
+        weight = seen.saved["state_dict"]["layer1.0.conv1.weight"]
+        for tensor in (output, weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) is is_last
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 
@@ -112,6 +113,19 @@ def test_before_validation_the_first_ones_buffers_are_everybodys():
         return norm.running_mean.tolist()
 
     assert in_two(body) == 2 * [[1.0, 1.0]]
+
+
+def test_no_process_leaves_before_the_others(tmp_path):
+    """As torchrun would end these."""
+
+    def body(rank):
+        if rank == 1:
+            time.sleep(1)
+            (tmp_path / "done").touch()
+        distributed.leave()
+        return (tmp_path / "done").exists()
+
+    assert in_two(body) == [True, True]
 
 
 def batches(count: int, images: int) -> list[Batch]:

@@ -136,6 +136,14 @@ def test_the_loop_of_the_readme():
     torch.testing.assert_close(scope["plain"](images), scope["model"](images))
 
 
+def test_a_layer_between_convolution_and_normalization():
+    """Takes what the convolution gives, which stays plain then; what has no weights doesn't."""
+    for between, is_excited in ((nn.ReLU(), True), (nn.Identity(), True), (nn.Linear(6, 6), False)):
+        body = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), between, nn.BatchNorm2d(6)
+        first, _, second, *_ = excite(nn.Sequential(*body))
+        assert (type(first), type(second)) == (Conv2d, Conv2d if is_excited else nn.Conv2d)
+
+
 def test_the_package_works_under_another_name(tmp_path):
     copy_folder(Path(layers.__file__).parent, tmp_path / "theirs")
     code = "import theirs, sys; theirs.create('l_resnet18', num_classes=2); assert 'models' not in sys.modules"
