@@ -125,6 +125,9 @@ def read(text: str) -> list[Fault]:
     return faults
 
 
+FAULTS = [fault for file in sorted(Path(__file__).parent.glob("*.txt")) for fault in read(file.read_text("utf-8"))]
+
+
 def copy_of_the_project(folder: Path) -> Path:
     """What git knows or could know of the working tree."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -136,7 +139,7 @@ def copy_of_the_project(folder: Path) -> Path:
     return folder
 
 
-def tests_of(file: str) -> list[str]:
+def near_tests(file: str) -> list[str]:
     """The files of tests that belong to a file, the nearest first."""
     tests, place = ROOT / "tests", f"{Path(file).parent}/"
     near = [tests / name for name in (TESTS.get(file) or f"{place}test_{Path(file).name} {TESTS[place]}").split()]
@@ -186,7 +189,7 @@ def what_fails(minutes: int, *words: str) -> str | None:
 def try_out(fault: Fault, root: Path, is_near: bool) -> int:
     """Put it into a copy of the project, and print two lines; in a process of its own, whose exit status this gives."""
     os.chdir(root)
-    begin, own = time.monotonic(), tests_of(fault.file)
+    begin, own = time.monotonic(), near_tests(fault.file)
     with fault.put_in(root):
         failed = what_fails(NEAR_MINUTES, *own)
         if not failed and not is_near:
@@ -198,7 +201,7 @@ def try_out(fault: Fault, root: Path, is_near: bool) -> int:
 def check_tests(faults: list[Fault], root: Path) -> int:
     """Nothing can be measured by tests that fail without a fault."""
     os.chdir(root)
-    failed = what_fails(ALL_MINUTES, *dict.fromkeys(name for fault in faults for name in tests_of(fault.file)))
+    failed = what_fails(ALL_MINUTES, *dict.fromkeys(name for fault in faults for name in near_tests(fault.file)))
     if failed:
         print(f"without any fault, a test fails: {failed}", flush=True)
     return int(failed is not None)
@@ -262,8 +265,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="run no test")
     parser.add_argument("-n", type=int, default=os.cpu_count() or 1, metavar="N", help="faults at a time [the cores]")
     args = parser.parse_args()
-    listed = [fault for file in sorted(Path(__file__).parent.glob("*.txt")) for fault in read(file.read_text("utf-8"))]
-    faults = [fault for fault in listed if fault.kind != "same" and (not args.files or fault.file in args.files)]
+    faults = [fault for fault in FAULTS if fault.kind != "same" and (not args.files or fault.file in args.files)]
     stale = [fault for fault in faults if not fault.can_be_put_in(ROOT)]
     for fault in stale:
         print(f"can't be put in, mend it: {fault.describe()}")
