@@ -60,8 +60,9 @@ def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Ten
     Returns:
         A tensor of the same shape.
     """
-    maximum = weight.detach().abs().amax() if maximum is None else torch.as_tensor(maximum).to(weight)
-    limit = map_limit(maximum)
+    if maximum is None:
+        maximum = weight.detach().abs().amax()
+    limit = map_limit(torch.as_tensor(maximum, dtype=weight.dtype, device=weight.device))
     return limit * torch.atanh(weight / limit)
 
 

@@ -1,5 +1,6 @@
 """The command line, as a user meets it: training, evaluating, exporting, and every refusal."""
 
+import argparse
 import math
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from tests.helpers import (
     contents,
     started,
 )
+from utils import outputs
 from utils.checkpoint import BEST, LAST, PREVIOUS
 from utils.logger import read_log
 
@@ -190,6 +192,17 @@ def test_exported_weights_load_elsewhere_with_the_same_logits(command, run, tmp_
     with torch.no_grad():
         for other in others:
             torch.testing.assert_close(other.eval()(x), ours.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_lines_that_load_an_exported_resnext(tmp_path, capsys):
+    words = {"arch": "l_resnext50", "cardinality": 8, "base_width": 16, "stem": "small", "image_size": 32}
+    args = argparse.Namespace(**words, export=str(tmp_path / "plain.pth"))
+    outputs.export(args, {"classes": ["a", "b"], "file": "FILE"}, torch.nn.Linear(2, 2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith(
+        "  model = torchvision.models.resnet50(num_classes=2, groups=8, width_per_group=16, norm_"
+    )
+    assert lines[3].startswith("  model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), ")
 
 
 # --- what can't be used: one line, status 2, nothing written

@@ -90,6 +90,11 @@ def test_a_notebooks_backend_that_is_not_here(finished, tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_a_notebooks_backend_is_kept_for_what_a_command_starts():
+    ended = run_process("-c", "import utils.figures, os; assert os.environ['MPLBACKEND'] == 'x'", MPLBACKEND="x")
+    assert ended.status == 0, ended.err
+
+
 # --- daemons
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -115,6 +116,18 @@ def test_stopped_while_it_waits_for_a_batch(command, images, tmp_path, monkeypat
     assert (checkpoint(run)["epoch"], checkpoint(run)["step"]) == (epoch, step)
     assert command("--resume", run).status == 0
     assert_same_run(tmp_path / "whole", run)
+
+
+def test_ctrl_c_reaches_the_workers_as_well_which_leave_it_to_the_run(images, tmp_path):
+    """A terminal sends it to the whole process group."""
+    words = [*EXCITED, "-d", images, "-c", tmp_path / "run", "--epochs", 10**6, "--save-freq", 1, "-j", 2]
+    process = multiprocessing.get_context("fork").Process(target=lambda: (os.setpgrp(), sys.exit(run_command(*words))))
+    process.start()
+    while process.is_alive() and not (tmp_path / "run" / LAST).exists():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
+    assert process.exitcode == 128 + signal.SIGINT
 
 
 def test_stopped_while_the_workers_are_stuck(images, tmp_path):

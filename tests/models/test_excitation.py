@@ -121,6 +121,15 @@ def test_map_has_the_papers_derivative():
     assert slope[0].item() == pytest.approx(5.7619, abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype, precision", [(torch.float64, 1e-15), (torch.float32, 1e-6)])
+def test_map_by_a_maximum_that_is_given(dtype, precision):
+    """As a number or a tensor, in the weight's type."""
+    weight = torch.linspace(-0.3, 0.3, 7, dtype=dtype)
+    expected = 1.1 * 0.7 * torch.atanh(weight / (1.1 * 0.7))
+    for maximum in (0.7, torch.tensor(0.7, dtype=dtype)):
+        torch.testing.assert_close(activation_map(weight, maximum), expected, rtol=precision, atol=0)
+
+
 @pytest.mark.parametrize("fill", [0.0, 0.3, -7.0])
 def test_constant_filters_stay_finite(fill, settings):
     conv = Conv2d(4, 6, 3, **settings)

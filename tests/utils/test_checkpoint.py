@@ -10,6 +10,7 @@ import resource
 import shlex
 import shutil
 import sys
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -132,6 +133,14 @@ def test_momenta_of_others(tmp_path, is_old):
     checkpoint.load_optimizer(ours, saved)
     for parameter in model.parameters():
         assert torch.equal(*(one.state[parameter]["momentum_buffer"] for one in (ours, optimizer)))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_classes_are_in_one_unicode_form(tmp_path, form):
+    """That of folders, whatever form an older checkpoint has."""
+    file, classes = tmp_path / "file", [unicodedata.normalize(form, "café"), "b", "c"]
+    file.write_bytes(serialize(tiny_checkpoint() | {"classes": classes}))
+    assert load(file)["classes"] == [unicodedata.normalize("NFC", "café"), "b", "c"]
 
 
 TOP1 = [(61.5, 61.5), (61, 61.0), (torch.tensor(61.5), 61.5), (torch.tensor([61.5]), 61.5), (np.float64(61.5), 61.5),

@@ -129,6 +129,17 @@ def test_what_could_not_be_written_is_told_and_written_by_the_next_save(tmp_path
     assert (tmp_path / LOG).read_bytes() == b"1"
 
 
+@pytest.mark.parametrize("name", [LAST, BEST, PREVIOUS, LOG, CURVES, "checkpoint.epoch4.pth.tar"])
+def test_any_file_of_a_run_keeps_another_from_its_folder(tmp_path, name):
+    RunFolder(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    RunFolder(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(BadInput, match="already holds a run: go on with it by --resume"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path, overwrite=True)
+
+
 def test_one_process_holds_the_folder(tmp_path):
     def body():
         with contextlib.suppress(BadInput), RunFolder(tmp_path, overwrite=True):
