@@ -27,7 +27,7 @@ def test_memory(rows, monkeypatch):
 
 
 def test_excitation(rows):
-    words = "-a l_tiny --image-size 32 --micro-batch 2 --iter-size 2 --seconds 0"
+    words = "-a l_resnet18 --image-size 32 --micro-batch 2 --iter-size 2 --seconds 0"
     header, *table = rows(excitation.main, *words.split())
     assert header[1] == "2 x 2"
     assert [row[0] for row in table] == list(excitation.NETWORKS)
@@ -35,7 +35,7 @@ def test_excitation(rows):
 
 
 def test_gpu(rows, monkeypatch):
-    monkeypatch.setattr(gpu, "ARCH", "l_tiny")
+    monkeypatch.setattr(gpu, "ARCH", "l_resnet18")
     words = ["--micro-batch", 2, "--steps", 1, "--seconds", 0]
     table = rows(gpu.main, "speed", "--mode", "bf16, channels last", *words)
     assert table[-1][:2] == ["bf16, channels last", "2 x 2"]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +53,10 @@ def test_shared_memory_that_is_full(command, images, run, tmp_path, monkeypatch,
     )
 
 
-def test_a_long_name_of_the_folder_for_temporary_files(command, images, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_long_name_of_the_folder_for_temporary_files(images, tmp_path):
     (long := tmp_path / ("long" * 25)).mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(long))
-    ended = command(*EXCITED, "-d", images, "-c", tmp_path / "run", "-j", 1)
+    ended = train(images, tmp_path / "run", "-j", 1, TMPDIR=str(long))
     assert_fails(ended, 1, "can't hand over a batch (OSError: AF_UNIX path too long)", "TMPDIR a shorter path")
 
 
