@@ -194,15 +194,18 @@ def test_exported_weights_load_elsewhere_with_the_same_logits(command, run, tmp_
             torch.testing.assert_close(other.eval()(x), ours.eval()(x), rtol=1e-4, atol=1e-4)
 
 
-def test_the_lines_that_load_an_exported_resnext(tmp_path, capsys):
-    words = {"arch": "l_resnext50", "cardinality": 8, "base_width": 16, "stem": "small", "image_size": 32}
+@pytest.mark.parametrize("arch, constructor", [
+    ("l_resnext50", "resnet50(num_classes=2, groups=8, width_per_group=16, norm_layer=lambda channels: torch.nn.GroupN"),
+    ("inception_v3", "inception_v3(num_classes=2, aux_logits=False, transform_input=True, init_weights=False)"),
+])  # fmt: skip
+def test_the_lines_that_load_exported_weights(tmp_path, capsys, arch, constructor):
+    words = {"arch": arch, "cardinality": 8, "base_width": 16, "stem": "small", "image_size": 32}
     args = argparse.Namespace(**words, export=str(tmp_path / "plain.pth"))
     outputs.export(args, {"classes": ["a", "b"], "file": "FILE"}, torch.nn.Linear(2, 2))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith(
-        "  model = torchvision.models.resnet50(num_classes=2, groups=8, width_per_group=16, norm_"
-    )
-    assert lines[3].startswith("  model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), ")
+    assert lines[2].startswith(f"  model = torchvision.models.{constructor}")
+    small = "  model.conv1, model.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()"
+    assert lines[3] == small
 
 
 # --- what can't be used: one line, status 2, nothing written
