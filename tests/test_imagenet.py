@@ -195,7 +195,7 @@ def test_exported_weights_load_elsewhere_with_the_same_logits(command, run, tmp_
 
 
 @pytest.mark.parametrize("arch, constructor", [
-    ("l_resnext50", "resnet50(num_classes=2, groups=8, width_per_group=16, norm_layer=lambda channels: torch.nn.GroupN"),
+    ("l_resnext50", "resnet50(num_classes=2, groups=8, width_per_group=16, norm_layer=lambda channels: torch.nn.Group"),
     ("inception_v3", "inception_v3(num_classes=2, aux_logits=False, transform_input=True, init_weights=False)"),
 ])  # fmt: skip
 def test_the_lines_that_load_exported_weights(tmp_path, capsys, arch, constructor):

@@ -171,4 +171,4 @@ def _load(file: Path) -> object:
             if name in names:  # nor does torch take one for functions of the system
                 raise needs_code(file, name) from error
             names[name] = (type("Opaque", (Opaque,), {"name": name}), name)
-    raise needs_code(file, f"{next(iter(names))} and {len(names)} others")
+    raise needs_code(file, f"{next(iter(names))} and {len(names) - 1} others")

@@ -68,7 +68,7 @@ TESTS = {
     "utils/options.py": "utils/test_options.py test_options.py test_fine_tuning.py test_imagenet.py test_resuming.py",
     "utils/outputs.py": "test_visualize.py test_imagenet.py",
     "utils/pictures.py": "utils/test_pictures.py test_visualize.py",
-    "utils/predictions.py": "test_predictions.py test_imagenet.py",
+    "utils/predictions.py": "test_predictions.py test_two_processes.py test_imagenet.py",
     "utils/reading.py": "utils/test_checkpoint.py test_gpu_paths.py",
     "utils/run_folder.py": "utils/test_run_folder.py test_resuming.py test_imagenet.py",
     "utils/signals.py": "utils/test_signals.py test_places.py test_resuming.py",

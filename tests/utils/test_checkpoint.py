@@ -188,6 +188,7 @@ def test_a_torchscript_archive(tmp_path, monkeypatch):
     torch.jit.save(torch.jit.script(model), tmp_path / "file.pt")
     with pytest.raises(BadInput, match="a TorchScript archive") as refusal:
         load(tmp_path / "file.pt")
+    assert "torch.jit.load(" in str(refusal.value)  # torch.load warns of such files
     monkeypatch.chdir(tmp_path)
     exec(shlex.split(str(refusal.value).partition("keeps the weights: ")[2])[2], {})
     assert equal(load(tmp_path / "file-weights.pth")["state_dict"], dict(model.state_dict()))

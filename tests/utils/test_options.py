@@ -1,5 +1,6 @@
 """Options that a checkpoint can't have had, and a batch that processes can't share."""
 
+import argparse
 import shlex
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def test_parts_that_are_not_even(monkeypatch):
     with pytest.raises(BadInput, match=r"^--train-batch 4: 3 processes can't share it evenly; 6 fits$"):
         resolve("-d", "x", "--train-batch", "4")
     assert resolve("-d", "x", "--train-batch", "6").train_batch == 6
+
+
+def test_what_the_processes_of_a_run_may_have_of_their_own():
+    """Places and what a machine has; anything else must be the same in all of them."""
+    args = resolve("-d", "x")
+    for name in vars(args):
+        other = argparse.Namespace(**vars(args) | {name: "another"})
+        own = {"checkpoint", "data", "gpu_id", "init", "resume", "workers"}
+        assert (options.common(other) == options.common(args)) is (name in own), name
 
 
 def test_the_noted_command_can_be_given(images, run):
