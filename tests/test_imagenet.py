@@ -253,6 +253,9 @@ def test_bad_flags(command, images, tmp_path, monkeypatch, words):
     given = [word.replace("FILE", str(images / "train" / "ring" / "0.jpg")) for word in shlex.split(words)]
     assert_refused(command(*EXCITED, "-d", images, "--epochs", 1, *given), BAD_FLAGS[words])
     assert os.listdir(tmp_path) == []
+
+
+def test_no_data(command, images):
     assert_refused(command(), "--data: name the folder")
     assert_refused(command("-d", images / "train"), f"did you mean {images}?")
 
