@@ -106,6 +106,7 @@ def main(argv: list[str]) -> int:
             write(args, saved, create_model(args, saved["classes"], saved))
         return 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
+        options.check_epochs(args, saved)
         print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
         return 0
 
@@ -235,6 +236,10 @@ class Run:
         checkpoint.load_optimizer(self.optimizer, saved)
         checkpoint.load_scaler_and_random_state(self.scaler, saved)
         print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
+        changes = options.changes(self.args, saved)
+        if changes:
+            rate = learning_rate(self.args, self.epoch, self.step, self.data.steps)
+            print(f"Changed: {changes}; the learning rate goes on at {rate:.4g}")
 
 
 def train(run: Run, folder: RunFolder, stop: Stop) -> None:

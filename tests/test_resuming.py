@@ -214,11 +214,33 @@ def test_a_branch_leaves_its_run_as_it_was(command, run, tmp_path):
     result = command(*words, "--overwrite")
     assert result.status == 0
     assert "Best top-1 100.00 %; curves" in result.out
+    assert "Changed: --epochs 2 -> 3, --lr 0.002 -> 0.001; the learning rate goes on at 0.001\n" in result.out
     assert contents(run) == before
     rows = read_log(branch / "log.txt")
     assert rows[:2] == read_log(run / "log.txt")
     assert [row["Learning Rate"] for row in rows] == [0.002, 0.002, 0.001]
     assert not (branch / BEST).exists()
+
+
+def test_what_is_told_of_options_that_change(command, images, tmp_path, stop_after):
+    """With the rate that follows, as drops apply to a new --lr too; and nothing where nothing changes."""
+    run = tmp_path / "run"
+    words = [*EXCITED, "-d", images, "--epochs", 3, "--schedule", 1, "-c", run]
+    stop_after(8)  # in the second epoch
+    assert command(*words).status == 143
+    before = contents(run)
+    for epochs in (1, 2):
+        refused = command("--resume", run, "--epochs", epochs)
+        if epochs == 1:
+            assert_refused(refused, f"--epochs 1: {run / LAST} has done 1 of 3; nothing is left")
+            assert contents(run) == before
+    assert "Changed: --epochs 3 -> 2; the learning rate goes on at 0.0002\n" in refused.out
+    assert command("--resume", run).out.count("finished its 2 epochs") == 1
+    assert (
+        "Changed: --epochs 2 -> 3, --lr 0.002 -> 0.01; the learning rate goes on at 0.001\n"
+        in command("--resume", run, "--epochs", 3, "--lr", 0.01).out
+    )
+    assert "Changed" not in command("--resume", run / PREVIOUS, "-c", tmp_path / "branch").out
 
 
 def test_kept_epochs(command, run, tmp_path):

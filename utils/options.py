@@ -164,6 +164,22 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
 
 
+def check_epochs(args: argparse.Namespace, saved: dict) -> None:
+    """That a run which has done all of --epochs was to do no more."""
+    epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
+    refuse(
+        args.epochs < epochs, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left"
+    )
+
+
+def changes(args: argparse.Namespace, saved: dict) -> str:
+    """The options that a resumed run had otherwise, in words."""
+    old, new = saved["options"], of_run(args)
+    return ", ".join(
+        f"{flag(name)} {old[name]} -> {new[name]}" for name in new if old.get(name, new[name]) != new[name]
+    )
+
+
 def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> None:
     """That the commands that don't train have something to work on, and write over nothing."""
     outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
