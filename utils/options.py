@@ -174,10 +174,12 @@ def check_epochs(args: argparse.Namespace, saved: dict) -> None:
 
 def changes(args: argparse.Namespace, saved: dict) -> str:
     """The options that a resumed run had otherwise, in words."""
-    old, new = saved["options"], of_run(args)
-    return ", ".join(
-        f"{flag(name)} {old[name]} -> {new[name]}" for name in new if old.get(name, new[name]) != new[name]
-    )
+
+    def words(value: object) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    pairs = [(name, saved["options"].get(name, value), value) for name, value in of_run(args).items()]
+    return ", ".join(f"{flag(name)} {words(old)} -> {words(new)}" for name, old, new in pairs if old != new)
 
 
 def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> None:
