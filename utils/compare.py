@@ -88,11 +88,12 @@ def read_options(folder: Path) -> dict[str, str] | None:
         for heading, line in itertools.pairwise(lines):
             if heading != "# every option":
                 continue
-            for word in itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(line)):
+            _, *words = itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(line))
+            for word in words:
                 if word.startswith("--"):
                     name, *value = word[2:].split("=", 1)
                     typed = options[name.removeprefix("no-")] = [name, *value]
-                elif options:  # another number of a list
+                else:  # another number of a list
                     typed.append(word)
     except (OSError, ValueError):
         return None

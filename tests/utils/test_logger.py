@@ -110,14 +110,15 @@ def test_runs_are_compared(compare, tmp_path):
 
 def test_the_options_of_a_run(tmp_path):
     """Are what its last command says, and what only the first one does, but not where it lies."""
-    first = "python imagenet.py --data='my images' --lr=0.1 --schedule 30 60 --standardize --init=a.pth --workers=2"
-    second = "torchrun --nproc-per-node 2 ./imagenet.py --lr=0.2 --schedule 40 --no-standardize --resume=a"
+    first = "python imagenet.py --data='my images' --lr=0.1 --schedule 30 60 --standardize --init=a.pth --start-epoch=0"
+    second = "torchrun --nproc-per-node 2 ./imagenet.py --lr=0.2 --schedule 40 --no-standardize --resume=a --workers=2"
     assert read_options(log(tmp_path / "a", 1, first, second)) == {
         "data": "data my images",
         "lr": "lr 0.2",
         "schedule": "schedule 40",
         "standardize": "no-standardize",
         "init": "init a.pth",
+        "start-epoch": "start-epoch 0",
     }
     assert read_options(log(tmp_path / "b", 1)) is None
     assert read_options(log(tmp_path / "c", 1, "imagenet.py --lr='0.1")) is None
@@ -138,6 +139,10 @@ def test_runs_are_named_by_what_differs(compare, tmp_path):
         "excitation we, mean of 3 runs: 1 epochs, top-1 31.00 ± 0.00 %, best 31.00 ± 0.00 % (± standard deviation)\n",
         "",
     )
+    resumed = [command.format("we", 2, "a") + " --start-epoch=0", command.format("we", 2, "a") + " --resume=a"]
+    fresh = command.format("we", 1, "b") + " --start-epoch=0"
+    pair = log(tmp_path / "resumed", 2, *resumed), log(tmp_path / "fresh", 2, fresh)
+    assert compare(*pair)[1].splitlines()[2].startswith("mean of 2 runs: 2 epochs")
     assert compare(*runs[1:3], "--out", tmp_path / "a.svg")[1].splitlines()[2] == (
         "mean of 2 runs: 2 epochs, top-1 32.00 ± 0.00 %, best 32.00 ± 0.00 % (± standard deviation)"
     )
