@@ -148,6 +148,15 @@ def test_a_filter_of_one_element_is_refused():
         standardize(torch.randn(3, 1, 1, 1))
 
 
+@pytest.mark.parametrize("kind, shape", [(ChannelGate, (16,)), (LocationGate, (16, 8))])
+def test_gates_in_half_precision_compute_in_the_statistics_type(kind, shape):
+    torch.manual_seed(0)
+    gate, statistic = kind(8, 16).bfloat16(), torch.rand(shape)
+    gates = gate(statistic)
+    assert gates.dtype == torch.float32
+    assert torch.equal(gates, gate.float()(statistic))
+
+
 def test_hidden_widths_of_gates():
     assert ChannelGate(64, 128).fc1.weight.shape == (8, 128)
     assert LocationGate(64, 128, groups=4).fc1.weight.shape == (4, 16)  # the reduction is of the layer's 64 channels
