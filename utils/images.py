@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop, pil_to_tensor
@@ -60,6 +60,8 @@ def decode(data: np.ndarray) -> Tensor:
     pixels = _by_torchvision("JPEG", data) if 0 < _jpeg_size(data) <= Image.MAX_IMAGE_PIXELS else None
     if pixels is not None:
         return pixels
+    # Pillow refuses a PNG with a megabyte of text or of a colour profile, which say nothing of its pixels.
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
     try:
         # Looks at no more than the header, and refuses sizes beyond reason. Of an array, BytesIO would be slow.
         image = Image.open(io.BytesIO(data.tobytes()))

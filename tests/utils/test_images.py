@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torchvision.transforms import v2
 
 from tests.formats import FORMATS, IMAGE, drawing, encoded
@@ -44,6 +44,15 @@ def test_16_bits_are_scaled_and_not_clipped(kind):
 def test_pixels_of_an_unknown_range_are_refused(type):
     with pytest.raises(BadImage, match="range isn't known; save it with 8 or 16 bits"):
         decode(as_read(encoded(Image.fromarray(np.ones((4, 4), type)), "TIFF")))
+
+
+def test_a_png_with_much_to_say_is_decoded():
+    """Pillow by itself refuses more than a megabyte of text in a piece, 64 in all, or of a colour profile."""
+    info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+    for index in range(2):
+        info.add_text(f"text {index}", "x" * 33 * 2**20, zip=True)
+    IMAGE.save(stream, "PNG", pnginfo=info, icc_profile=bytes(2**21))
+    np.testing.assert_array_equal(decode(as_read(stream.getvalue())).permute(1, 2, 0), np.asarray(IMAGE))
 
 
 def test_a_size_beyond_reason_is_an_error_and_takes_no_memory():
