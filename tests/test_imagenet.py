@@ -329,6 +329,15 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_validation_without_a_single_image_is_none(command, images, run, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    for path in (folder / "val").glob("*/*"):
+        path.write_bytes(b"damaged")
+    ended = command("-e", "--resume", run, "-d", folder, "--skip-bad-images")
+    assert ended.status == 1
+    assert "not one of the validation images can be decoded" in ended.err.splitlines()[-1]
+
+
 def test_a_killed_worker_ends_the_run(command, images, tmp_path):
     before, killed = multiprocessing.active_children(), []
 

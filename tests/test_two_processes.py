@@ -14,7 +14,7 @@ from torch import nn
 import imagenet
 from benchmarks.gpu import run_of
 from models.layers import Conv2d
-from tests.helpers import EXCITED, assert_close, checkpoint, run_command
+from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, run_command
 from utils import distributed
 from utils.errors import BadInput
 from utils.signals import Stop
@@ -77,6 +77,14 @@ def test_a_run_of_two_is_that_of_one(float64, images, tmp_path, stop_after):
     assert run_command(*words, tmp_path / "by one") == 0
     assert in_two(lambda rank: run_command(*words, tmp_path / "by two"), meets=False) == [0, 0]
     assert (tmp_path / "by two").read_text() == (tmp_path / "by one").read_text()
+
+
+def test_both_validate_with_the_statistics_that_are_saved(command, images, tmp_path):
+    """BatchNorm's are each process's own while it trains; the log's loss is that of the checkpoint."""
+    words = [*BATCH_NORM, "-d", images, "--epochs", 1, "-c", tmp_path / "run"]
+    assert in_two(lambda rank: run_command(*words), meets=False) == [0, 0]
+    ended = command("-e", "--resume", tmp_path / "run")
+    assert f"loss {checkpoint(tmp_path / 'run')['log'][-1][2]:.4f}  " in ended.out
 
 
 def test_one_process_draws_the_demo_for_both(tmp_path, monkeypatch):

@@ -92,6 +92,13 @@ def test_the_small_stem_keeps_every_pixel(arch):
         assert (model.conv1.kernel_size, tuple(seen[0])) == expected
 
 
+def test_pretrained_weights_are_for_a_thousand_classes():
+    models.check_pretrained_classes("shufflenet_v2_x0_5", 1000)
+    for classes in (2, 999, 1001):
+        with pytest.raises(ValueError, match="1000"):
+            models.check_pretrained_classes("shufflenet_v2_x0_5", classes)
+
+
 def test_cardinality_and_base_width():
     model = models.create("l_resnext50", cardinality=8, base_width=16)
     assert model.layer1[0].conv2.groups == 8

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import onnxruntime
 import pytest
@@ -467,13 +468,33 @@ def test_hooks_of_a_gate_are_called(formulation, context, place, kind):
 
 def test_a_step_inside_is_refused_whichever_group_has_the_weights():
     model = network()
-    others, weights = [], []
-    for name, parameter in model.named_parameters():
-        (weights if name.endswith("weight") and parameter.ndim == 4 else others).append(parameter)
+    convs = [conv for conv in model.modules() if isinstance(conv, Conv2d)]
+    weights = [parameter for conv in convs for parameter in conv.parameters()]
+    others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in weights)]
     optimizer = torch.optim.SGD([{"params": others}, {"params": weights}], 0.1)
     with pytest.raises(RuntimeError, match="steps inside"), excited_once(model):
         loss(model, images()).backward()
         optimizer.step()
+
+
+def test_threads_that_train_at_once(formulation):
+    """Each its own layer of one shape, whose memory is kept from step to step."""
+    torch.manual_seed(0)
+    convs = [Conv2d(48, 48, 3, formulation=formulation).double() for _ in range(2)]
+    upstream = torch.randn(20, *convs[0].weight.shape, dtype=torch.float64)
+
+    def train(conv):
+        for grad in upstream:
+            with excited_once(conv):
+                conv.excited_weight().backward(grad)
+
+    alone = [twin(conv) for conv in convs]
+    for conv in alone:
+        train(conv)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, convs))
+    for conv, reference in zip(convs, alone, strict=True):
+        same(gradients(conv), gradients(reference))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from utils.command import run
-from utils.compare import compare_curves, main, read_options
+from utils.compare import compare_curves, main, read_options, spread
 from utils.figures import render
 from utils.logger import COLUMNS, Logger, draw_curves, read_log
 from utils.meters import Scores
@@ -106,6 +106,12 @@ def test_runs_are_compared(compare, tmp_path):
         assert picture.size[0] > 800
     assert compare(*words)[2].startswith(f"utils.compare: --out: {words[-1]} exists; ")
     assert compare(*words, "--overwrite")[0] == 0
+
+
+def test_the_deviation_of_seeds_is_that_of_a_sample():
+    """Of 1, 2 and 6 the mean is 3, and the squares sum to 14, over two."""
+    assert spread([1.0, 2.0, 6.0]) == "3.00 ± 2.65"
+    assert spread([1.5]) == "1.50"
 
 
 def test_the_options_of_a_run(tmp_path):
