@@ -119,9 +119,8 @@ def test_stopped_while_it_waits_for_a_batch(command, images, tmp_path, monkeypat
 
 
 def test_ctrl_c_reaches_the_workers_as_well_which_leave_it_to_the_run(images, tmp_path):
-    """A terminal sends it to the whole process group; images of this size take their time in the network."""
+    """A terminal sends it to the whole process group."""
     words = [*EXCITED, "-d", images, "-c", tmp_path / "run", "--epochs", 10**6, "--save-freq", 1, "-j", 2]
-    words += ["--image-size", 160]
     process = multiprocessing.get_context("fork").Process(target=lambda: (os.setpgrp(), sys.exit(run_command(*words))))
     process.start()
     while process.is_alive() and not (tmp_path / "run" / LAST).exists():
