@@ -188,7 +188,8 @@ def test_steps_are_those_without_a_block(form, formulation):
     assert_same_step(model.to(memory_format=torch.channels_last))
     model[3].weight = model[6].weight
     model[0].requires_grad_(False)
-    assert_same_step(model)
+    # In channels last, the backward pass of a GroupNorm behind a frozen layer crashes torch 2.8 on a CPU.
+    assert_same_step(model.to(memory_format=torch.contiguous_format))
 
 
 def test_writes_inside_a_block(form):
