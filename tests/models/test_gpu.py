@@ -345,8 +345,9 @@ def test_what_the_kernels_refuse_is_stacked(monkeypatch):
 
 
 def test_a_fake_tensor_is_nowhere():
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        conv = Conv2d(4, 6, 3, device="cuda")
+    conv = Conv2d(4, 6, 3)
+    with FakeTensorMode():
+        conv.weight = nn.Parameter(torch.empty(6, 4, 3, 3, device="cuda"))
     assert conv.weight.is_cuda and not layers.is_on_gpu(conv)
 
 
