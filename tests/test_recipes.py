@@ -91,3 +91,10 @@ def test_what_is_decayed():
     assert {*weights["params"], *others["params"]} == {*model.parameters()}
     assert others["weight_decay"] == 0
     assert [group["params"] for group in models.decay_groups(model, "all")] == [list(model.parameters())]
+
+
+def test_the_cosine_has_no_drops():
+    """Half way it is half the rate, whatever --schedule's default; milestones may be typed with commas."""
+    args = imagenet.build_parser().parse_args(["--cosine"])
+    assert imagenet.learning_rate(args, 45, 0, 10) == pytest.approx(0.05)
+    assert imagenet.build_parser().parse_args(["--schedule", "30,", "60"]).schedule == [30, 60]

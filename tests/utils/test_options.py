@@ -52,6 +52,8 @@ def test_the_noted_command_can_be_given(images, run):
     args = resolve("--data", str(images), "--cosine", "-c", str(run / "new"), "--start-epoch", "3")
     words = shlex.split(options.command(args))[2:]
     assert resolve(*words) == args
+    args = resolve("--data", str(images), "--schedule", "20", "40", "-c", str(run / "new"))
+    assert resolve(*shlex.split(options.command(args))[2:]) == args
     args = resolve("--resume", str(run), "--epochs", "3")
     args.pretrained = True
     assert resolve(*shlex.split(options.command(args))[2:]).resume == str(run)
