@@ -106,7 +106,6 @@ def main(argv: list[str]) -> int:
             write(args, saved, create_model(args, saved["classes"], saved))
         return 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
-        options.check_epochs(args, saved)
         print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
         return 0
 

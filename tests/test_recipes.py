@@ -69,7 +69,9 @@ def test_a_run_from_before_these_options_goes_on(command, run):
     for name in ("stem", "decay", "warmup", "cosine", "label_smoothing"):
         del saved["options"][name]
     torch.save(saved, run / LAST)
-    assert command("--resume", run, "--epochs", 3).status == 0
+    ended = command("--resume", run, "--epochs", 3)
+    assert ended.status == 0
+    assert "Changed: --epochs 2 -> 3; the learning rate" in ended.out  # and not what it doesn't name
 
 
 def test_label_smoothing():

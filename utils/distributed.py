@@ -147,13 +147,13 @@ def join(args: argparse.Namespace) -> list[torch.device]:
         check_works(device)
     if PROCESSES == 1:
         return devices
-    is_known = {
+    usable = {
         "RANK": 0 <= _number("RANK", -1) < PROCESSES,
         "MASTER_ADDR": "MASTER_ADDR" in os.environ,
         "MASTER_PORT": _number("MASTER_PORT", 0) > 0,
     }
-    for name in is_known:
-        if not is_known[name]:
+    for name, is_usable in usable.items():
+        if not is_usable:
             text = f"WORLD_SIZE is {PROCESSES} in the environment, without a usable {name}"
             raise BadInput(f"{text}: start by torchrun, or unset WORLD_SIZE")
     join_others(devices[0])

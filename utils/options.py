@@ -152,8 +152,12 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     knows_epoch = "epoch" not in saved["missing"]
     refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
     refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
+    trains = not any(getattr(args, name) for name in OUTPUTS)
+    epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
+    is_done = trains and args.epochs < epochs and args.epochs <= done
+    refuse(is_done, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left")
     fixed = dict.fromkeys(("arch", "decay", *NETWORK), "of a run") if saved["options"] else {}
-    if saved["step"] and not any(getattr(args, name) for name in OUTPUTS):
+    if saved["step"] and trains:
         # The shuffle and the groups must go on as they were.
         fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
     has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
@@ -162,14 +166,6 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     for name, where in fixed.items():
         old = (OLDER | saved["options"]).get(name)
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
-
-
-def check_epochs(args: argparse.Namespace, saved: dict) -> None:
-    """That a run which has done all of --epochs was to do no more."""
-    epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
-    refuse(
-        args.epochs < epochs, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left"
-    )
 
 
 def changes(args: argparse.Namespace, saved: dict) -> str:

@@ -1,6 +1,6 @@
 """How much the tests notice: put one fault at a time into a copy of the project, and run the tests that belong to it.
 
-python -m tests.faults                        all of them, in one to two hours on two cores
+python -m tests.faults                        all of them, in some hours on two cores
 python -m tests.faults utils/images.py        those of a file
 python -m tests.faults --check                only whether each can still be put in
 
@@ -73,7 +73,7 @@ TESTS = {
     "utils/run_folder.py": "utils/test_run_folder.py test_resuming.py test_imagenet.py",
     "utils/signals.py": "utils/test_signals.py test_places.py test_resuming.py",
     "utils/start.py": "test_places.py test_resuming.py",
-    "utils/workers.py": "utils/test_data.py test_gpu_paths.py test_imagenet.py test_places.py test_resuming.py",
+    "utils/workers.py": "utils/test_workers.py utils/test_data.py test_gpu_paths.py test_places.py test_resuming.py",
 }
 
 

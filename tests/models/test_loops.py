@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from models.excitation import excite_weight
+from models.fused import full_precision
 from models.layers import Conv2d, excite, excited_once, fold
 
 BLOCK_OR_NOT = pytest.mark.parametrize("context", [contextlib.nullcontext, excited_once])
@@ -475,6 +476,20 @@ def test_a_step_inside_is_refused_whichever_group_has_the_weights():
     with pytest.raises(RuntimeError, match="steps inside"), excited_once(model):
         loss(model, images()).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_weights_are_excited_outside_of_their_devices_autocast(device):
+    """Also on a GPU, which a fake tensor stands for."""
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        weight = torch.empty(2, 3, device=device)
+    torch.set_autocast_enabled(device, True)
+    try:
+        with full_precision(weight):
+            assert not torch.is_autocast_enabled(device)
+        assert torch.is_autocast_enabled(device)
+    finally:
+        torch.set_autocast_enabled(device, False)
 
 
 def test_threads_that_train_at_once(formulation):
