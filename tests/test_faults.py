@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.faults.__main__ import FAULTS, ROOT, TESTS, Fault, near_tests, read
+from tests.faults.__main__ import FAULTS, ROOT, TESTS, Fault, near_tests, read, write
 
 TEXT = """
 == utils/a.py
@@ -10,6 +10,7 @@ TEXT = """
 silent: halves are doubled
 - x / 2
 + x * 2
+= tests/test_a.py::test_halves
 
 loud: nothing is returned
 -     y = 1
@@ -26,9 +27,12 @@ same: a name that nobody sees
 
 def test_faults_are_read_and_put_in(tmp_path):
     halved, dropped, hidden = read(TEXT)
-    assert halved == Fault("utils/a.py", "silent", "halves are doubled", "x / 2", "x * 2")
+    assert halved == Fault(
+        "utils/a.py", "silent", "halves are doubled", "x / 2", "x * 2", "tests/test_a.py::test_halves"
+    )
     assert dropped == Fault("utils/a.py", "loud", "nothing is returned", "    y = 1\n    return y", "    y = 1")
     assert (hidden.file, hidden.kind) == ("utils/b.py", "same")
+    assert write([halved, dropped, hidden]) == TEXT.lstrip()
     file = tmp_path / "utils" / "a.py"
     file.parent.mkdir()
     file.write_text("def f(x):\n    y = 1\n    return y\n\n\ng = lambda x: x / 2\n")
@@ -44,6 +48,17 @@ def test_faults_are_read_and_put_in(tmp_path):
     file.write_text("x / 3")
     assert not halved.can_be_put_in(tmp_path)
     assert not Fault("utils/a.py", "loud", "", "x", "(").can_be_put_in(tmp_path)
+
+
+def test_the_noted_test_is_there(tmp_path):
+    fault = Fault("utils/a.py", "loud", "", test="test_a.py::test_halves")
+    assert Fault("utils/a.py", "loud", "").has_its_test(tmp_path)  # none is noted
+    assert not fault.has_its_test(tmp_path)
+    file = tmp_path / "test_a.py"
+    file.write_text("def test_halves_of_all():\n    pass\n")
+    assert not fault.has_its_test(tmp_path)
+    file.write_text("def test_halves():\n    pass\n")
+    assert fault.has_its_test(tmp_path)
 
 
 def test_every_file_has_tests_and_every_test_is_there():

@@ -1,8 +1,9 @@
 """How much the tests notice: put one fault at a time into a copy of the project, and run the tests that belong to it.
 
-python -m tests.faults                        all of them, in some hours on two cores
+python -m tests.faults                        all of them
 python -m tests.faults utils/images.py        those of a file
-python -m tests.faults --check                only whether each can still be put in
+python -m tests.faults --note                 write down which test noticed each
+python -m tests.faults --check                only whether each can still be put in, and its test is there
 
 The faults stand in the text files beside this one. Each begins with a line of its kind and of what it does to a user:
 
@@ -11,6 +12,7 @@ The faults stand in the text files beside this one. Each begins with a line of i
     silent: red and blue swap their means     training or evaluation is wrong, and nothing says so
     - MEAN = (0.485, 0.456, 0.406)            this text, which the file has once,
     + MEAN = (0.406, 0.456, 0.485)            becomes this one
+    = tests/utils/test_images.py::test_norm   the test that noticed it last, which is asked first
 
 ``loud`` is a crash, a wrong message, or something lost. ``same`` changes nothing that a user could see, for the reason
 that its line gives; it isn't put in, and tells the next reader not to try.
@@ -27,6 +29,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
@@ -35,7 +39,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KINDS = ("silent", "loud", "same")
 NEAR_MINUTES, ALL_MINUTES = 4, 20  # for the near tests and for all others; those that hang have noticed the fault
-NOTICED, UNNOTICED = 10, 11  # exit statuses of a fault's process
 
 # The tests that belong to a file, those that tell soonest first; without an entry, its own and its folder's.
 TESTS = {
@@ -84,6 +87,7 @@ class Fault:
     says: str
     old: str = ""
     new: str = ""
+    test: str = ""
 
     def describe(self) -> str:
         return f"{self.file}: {self.kind}: {self.says}"
@@ -100,6 +104,11 @@ class Fault:
         except SyntaxError:
             return False
         return True
+
+    def has_its_test(self, root: Path) -> bool:
+        """Whether the test that noticed it, if one is noted, is still there."""
+        file, _, name = self.test.partition("::")
+        return not name or ((root / file).exists() and f"def {name}(" in (root / file).read_text("utf-8"))
 
     @contextlib.contextmanager
     def put_in(self, root: Path) -> Iterator[None]:
@@ -119,13 +128,29 @@ def read(text: str) -> list[Fault]:
         elif head.rstrip(":") in KINDS and head.endswith(":"):
             faults.append(Fault(file, head[:-1], rest))
             sides = {"-": [], "+": []}
+        elif head == "=":
+            faults[-1].test = rest
         elif head in sides:
             sides[head].append(rest)
             faults[-1].old, faults[-1].new = "\n".join(sides["-"]), "\n".join(sides["+"])
     return faults
 
 
-FAULTS = [fault for file in sorted(Path(__file__).parent.glob("*.txt")) for fault in read(file.read_text("utf-8"))]
+def write(faults: list[Fault]) -> str:
+    """The text that ``read`` reads."""
+    blocks, file = [], ""
+    for fault in faults:
+        if fault.file != file:
+            blocks.append(f"== {fault.file}")
+        file, lines = fault.file, [f"{fault.kind}: {fault.says}"]
+        for mark, text in (("-", fault.old), ("+", fault.new), ("=", fault.test)):
+            lines += [f"{mark} {line}" if line else mark for line in text.split("\n") if text]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+LISTS = {path: read(path.read_text("utf-8")) for path in sorted(Path(__file__).parent.glob("*.txt"))}
+FAULTS = [fault for faults in LISTS.values() for fault in faults]
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -186,27 +211,6 @@ def what_fails(minutes: int, *words: str) -> str | None:
     return (failed or [unusual])[0] if status else None
 
 
-def try_out(fault: Fault, root: Path, is_near: bool) -> int:
-    """Put it into a copy of the project, and print two lines; in a process of its own, whose exit status this gives."""
-    os.chdir(root)
-    begin, own = time.monotonic(), near_tests(fault.file)
-    with fault.put_in(root):
-        failed = what_fails(NEAR_MINUTES, *own)
-        if not failed and not is_near:
-            failed = what_fails(ALL_MINUTES, *(f"--ignore={name}" for name in own))
-    print(f"{time.monotonic() - begin:4.0f} s  {fault.describe()}\n{'':8}{failed or 'NOBODY NOTICED'}", flush=True)
-    return NOTICED if failed else UNNOTICED
-
-
-def check_tests(faults: list[Fault], root: Path) -> int:
-    """Nothing can be measured by tests that fail without a fault."""
-    os.chdir(root)
-    failed = what_fails(ALL_MINUTES, *dict.fromkeys(name for fault in faults for name in near_tests(fault.file)))
-    if failed:
-        print(f"without any fault, a test fails: {failed}", flush=True)
-    return int(failed is not None)
-
-
 def in_a_fork(body: Callable[..., int], *arguments: object) -> int:
     """Returns its process; one that runs a single thread, as this one does, forks safely."""
     child = os.fork()
@@ -219,62 +223,75 @@ def in_a_fork(body: Callable[..., int], *arguments: object) -> int:
     return child
 
 
-def measure(faults: list[Fault], jobs: int, is_near: bool) -> list[Fault]:
-    """Those that no test notices."""
+def go_to_a_copy(folder: str) -> None:
+    """Where a process of the pool puts its faults in."""
+    os.chdir(copy_of_the_project(Path(folder) / str(os.getpid())))
+
+
+def try_out(fault: Fault, is_near: bool) -> tuple[str | None, float]:
+    """Put it into the copy of the project that is the current folder; the test that notices it, and the seconds."""
+    begin, near = time.monotonic(), near_tests(fault.file)
+    with fault.put_in(Path.cwd()):
+        failed = fault.test and what_fails(NEAR_MINUTES, fault.test)
+        failed = failed or what_fails(NEAR_MINUTES, *near)
+        if not failed and not is_near:
+            failed = what_fails(ALL_MINUTES, *(f"--ignore={name}" for name in near))
+    return failed, time.monotonic() - begin
+
+
+def measure(faults: list[Fault], jobs: int, is_near: bool) -> None:
+    """Gives each the test that notices it."""
     load_packages()
-    unnoticed, running = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        free = [copy_of_the_project(Path(folder) / str(job)) for job in range(jobs)]
-        if os.waitpid(in_a_fork(check_tests, faults, free[0]), 0)[1]:
-            sys.exit(1)
-
-        def wait_for_one() -> None:
-            child, status = os.wait()
-            fault, root = running.pop(child)
-            free.append(root)
-            if os.waitstatus_to_exitcode(status) not in (NOTICED, UNNOTICED):
-                sys.exit(f"can't try out {fault.describe()}")
-            if os.waitstatus_to_exitcode(status) == UNNOTICED:
-                unnoticed.append(fault)
-
-        for fault in faults:
-            if not free:
-                wait_for_one()
-            root = free.pop()
-            running[in_a_fork(try_out, fault, root, is_near)] = fault, root
-        while running:
-            wait_for_one()
-    return unnoticed
+    with tempfile.TemporaryDirectory() as folder, get_context("fork").Pool(jobs, go_to_a_copy, [folder]) as pool:
+        names = dict.fromkeys(name for fault in faults for name in near_tests(fault.file))
+        failed = pool.apply(what_fails, [ALL_MINUTES, *names])
+        if failed:
+            sys.exit(f"without any fault, a test fails: {failed}")  # nothing can be measured by such tests
+        for fault, (failed, seconds) in zip(faults, pool.imap(partial(try_out, is_near=is_near), faults), strict=True):
+            fault.test = failed or ""
+            print(f"{seconds:4.0f} s  {fault.describe()}\n{'':8}{failed or 'NOBODY NOTICED'}", flush=True)
 
 
-def report(faults: list[Fault], unnoticed: list[Fault]) -> None:
+def report(faults: list[Fault]) -> None:
     """A row for each file, and the faults that nobody noticed."""
     print(f"\n{'':28}noticed  unnoticed")
     for file in [*dict.fromkeys(fault.file for fault in faults), ""]:
-        of_file = [fault for fault in faults if file in ("", fault.file)]
-        missed = sum(fault in unnoticed for fault in of_file)
-        print(f"{file or 'all':28}{len(of_file) - missed:7}{missed:11}")
-    for fault in unnoticed:
-        print(f"nobody noticed: {fault.describe()}")
+        noticed = [bool(fault.test) for fault in faults if file in ("", fault.file)]
+        print(f"{file or 'all':28}{sum(noticed):7}{len(noticed) - sum(noticed):11}")
+    for fault in faults:
+        if not fault.test:
+            print(f"nobody noticed: {fault.describe()}")
+
+
+def note() -> None:
+    """Write the tests down: those that have a name, without the values of their parameters."""
+    for path, faults in LISTS.items():
+        for fault in faults:
+            fault.test = fault.test.partition("[")[0] if "::" in fault.test else ""
+        path.write_text(write(faults), "utf-8")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help="only its faults")
     parser.add_argument("--near", action="store_true", help="run only the tests that belong to a fault's file")
+    parser.add_argument("--note", action="store_true", help="write down, in the lists, which test noticed each")
     parser.add_argument("--check", action="store_true", help="run no test")
     parser.add_argument("-n", type=int, default=os.cpu_count() or 1, metavar="N", help="faults at a time [the cores]")
     args = parser.parse_args()
     faults = [fault for fault in FAULTS if fault.kind != "same" and (not args.files or fault.file in args.files)]
-    stale = [fault for fault in faults if not fault.can_be_put_in(ROOT)]
+    stale = [fault for fault in faults if not fault.can_be_put_in(ROOT) or not fault.has_its_test(ROOT)]
     for fault in stale:
-        print(f"can't be put in, mend it: {fault.describe()}")
+        print(f"it or its test doesn't go with the code any more, mend it: {fault.describe()}")
     print(f"{len(faults)} faults; {sum(fault.kind == 'silent' for fault in faults)} are silent")
     if stale or args.check:
         return bool(stale)
-    unnoticed = measure(faults, args.n, args.near)
-    report(faults, unnoticed)
-    return any(fault.kind == "silent" for fault in unnoticed) or len(unnoticed) > 0.05 * len(faults)
+    measure(faults, args.n, args.near)
+    report(faults)
+    if args.note:
+        note()
+    unnoticed = [fault.kind for fault in faults if not fault.test]
+    return "silent" in unnoticed or len(unnoticed) > 0.05 * len(faults)
 
 
 if __name__ == "__main__":
