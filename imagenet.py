@@ -31,7 +31,7 @@ from utils.meters import Progress, Reading, Scores
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
-from utils.workers import Batch
+from utils.workers import Batch, end_workers
 
 
 def build_parser() -> Parser:
@@ -133,6 +133,7 @@ def main(argv: list[str]) -> int:
         try:
             train(run, folder, stop)
         except Stopped as stopped:  # by a signal
+            end_workers()  # the loader would wait for each that is stuck
             folder.save(run.checkpoint(), run.log)
             distributed.leave()
             place = f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"

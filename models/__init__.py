@@ -70,10 +70,12 @@ def create(
         )
     if arch not in TORCHVISION:
         raise ValueError(f"there is no architecture {arch!r}")
+    if stem == "small" and pretrained:
+        raise ValueError(f"there is no small stem for {arch} with pretrained weights")
     model = _torchvision(arch, num_classes, pretrained, drop, image_size)
     if stem == "small":
-        if pretrained or not isinstance(model, torchvision.models.ResNet):
-            raise ValueError(f"there is no small stem for {arch}{' with pretrained weights' * pretrained}")
+        if not isinstance(model, torchvision.models.ResNet):
+            raise ValueError(f"there is no small stem for {arch}")
         resnet.use_small_stem(model)
     if excitation is not None:
         try:

@@ -118,28 +118,50 @@ def test_stopped_while_it_waits_for_a_batch(command, images, tmp_path, monkeypat
     assert_same_run(tmp_path / "whole", run)
 
 
-def test_ctrl_c_reaches_the_workers_as_well_which_leave_it_to_the_run(images, tmp_path):
-    """A terminal sends it to the whole process group."""
-    words = [*EXCITED, "-d", images, "-c", tmp_path / "run", "--epochs", 10**6, "--save-freq", 1, "-j", 2]
-    process = multiprocessing.get_context("fork").Process(target=lambda: (os.setpgrp(), sys.exit(run_command(*words))))
-    process.start()
-    while process.is_alive() and not (tmp_path / "run" / LAST).exists():
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    process.join(PATIENCE)
-    assert process.exitcode == 128 + signal.SIGINT
+def test_workers_leave_signals_to_the_run(command, images, tmp_path):
+    """A terminal, or timeout, sends them to the whole process group."""
+    before, signalled = multiprocessing.active_children(), []
+
+    def signal_workers(logits):
+        for worker in {*multiprocessing.active_children()} - {*before, *signalled}:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                os.kill(worker.pid, number)
+            signalled.append(worker)
+
+    with changed_logits(signal_workers):
+        ended = command(*EXCITED, "-d", images, "--epochs", 9, "-j", 1, "-c", tmp_path / "run")
+    assert ended.status == 0, ended.err
+    assert len(signalled) == 1
 
 
-def test_stopped_while_the_workers_are_stuck(images, tmp_path):
-    words = [*EXCITED, "-d", images, "-c", tmp_path / "run", "--epochs", 10**6, "--save-freq", 1, "-j", 1]
-    with started(*words) as process:
-        wait_until((tmp_path / "run" / LAST).exists, process)
-        for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            os.kill(int(worker), signal.SIGSTOP)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 143, err
-    assert "Stopped by SIGTERM" in out
+def test_saved_after_every_second_step(command, images, tmp_path):
+    """Of the three steps of an epoch: the checkpoint before the last one is that of the second step."""
+    words = [*EXCITED, "-d", images, "--epochs", 1, "-c", tmp_path / "run"]
+    assert command(*words, "--save-freq", 2).status == 0
+    saved = [
+        (checkpoint(tmp_path / "run", name)["epoch"], checkpoint(tmp_path / "run", name)["step"])
+        for name in (LAST, PREVIOUS)
+    ]
+    assert saved == [(1, 0), (0, 2)]
+
+
+def test_stopped_while_the_workers_are_stuck(command, images, tmp_path, monkeypatch):
+    """They are killed; the loader would wait for the end of each, here for minutes."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", PATIENCE)
+    before = multiprocessing.active_children()
+
+    @contextlib.contextmanager
+    def stuck_and_stopped():
+        with waiting():
+            for worker in {*multiprocessing.active_children()} - {*before}:
+                os.kill(worker.pid, signal.SIGSTOP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield
+
+    monkeypatch.setattr(data, "waiting", stuck_and_stopped)
+    stopped = command(*EXCITED, "-d", images, "--epochs", 9, "-j", 2, "-c", tmp_path / "run")
+    assert stopped.status == 143, stopped.err
+    assert "Stopped by SIGTERM" in stopped.out
 
 
 # --- kills

@@ -20,14 +20,13 @@ from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
 from utils.folders import ImageFolder, check_same_classes, shuffle
 from utils.images import ignore_warnings
-from utils.signals import Stopped, held, waiting
+from utils.signals import held, waiting
 from utils.workers import (
     PREFETCHED,
     Batch,
     Folders,
     Key,
     collate,
-    end_workers,
     running,
     start_worker,
     warn_of_shared_memory,
@@ -198,12 +197,8 @@ class Data:
             running.extend(worker for worker in multiprocessing.active_children() if worker not in others)
         while True:
             start = time.monotonic()
-            try:
-                with waiting() if workers else contextlib.nullcontext():
-                    batch = next(batches, None)
-            except Stopped:
-                end_workers()  # the loader would wait for each that is stuck
-                raise
+            with waiting() if workers else contextlib.nullcontext():
+                batch = next(batches, None)
             self.waited += time.monotonic() - start
             if batch is None:
                 return

@@ -99,10 +99,15 @@ def test_pretrained_weights_are_for_a_thousand_classes():
             models.check_pretrained_classes("shufflenet_v2_x0_5", classes)
 
 
-def test_cardinality_and_base_width():
-    model = models.create("l_resnext50", cardinality=8, base_width=16)
+@pytest.mark.parametrize("arch", ["l_resnext50", "l_resnext101", "l_resnext152"])
+def test_cardinality_and_base_width(arch):
+    with torch.device("meta"):
+        model = models.create(arch, cardinality=8, base_width=16)
     assert model.layer1[0].conv2.groups == 8
     assert model.layer1[0].conv2.weight.shape == (128, 16, 3, 3)
+
+
+def test_cardinality_and_base_width_by_default():
     default = models.create("l_resnext50")
     plain = torchvision.models.resnext50_32x4d(norm_layer=lambda channels: nn.GroupNorm(32, channels))
     shapes = {name: value.shape for name, value in default.state_dict().items() if ".gate." not in f".{name}"}
@@ -126,6 +131,19 @@ def test_drop_works_in_training_alone(arch):
 def test_networks_and_weights_that_there_are_not(arch, pretrained):
     with pytest.raises(ValueError, match=arch):
         models.create(arch, pretrained=pretrained)
+
+
+@pytest.mark.parametrize(
+    "arch, pretrained, text",
+    [
+        ("resnet18", True, "no small stem for resnet18 with pretrained weights"),
+        ("shufflenet_v2_x0_5", False, "no small stem for shufflenet_v2_x0_5"),
+    ],
+)
+def test_networks_without_a_small_stem(arch, pretrained, text):
+    """Pretrained weights would lose the stem that they were trained with, and aren't even downloaded."""
+    with pytest.raises(ValueError, match=text):
+        models.create(arch, pretrained=pretrained, stem="small")
 
 
 @pytest.mark.parametrize("classifier", [nn.Linear(4, 5, bias=False), nn.Linear(4, 5), nn.Conv2d(4, 5, 1)])

@@ -135,6 +135,24 @@ def test_momenta_of_others(tmp_path, is_old):
         assert torch.equal(*(one.state[parameter]["momentum_buffer"] for one in (ours, optimizer)))
 
 
+def test_momenta_are_those_of_their_weights_in_any_memory_layout():
+    """A step of the fused optimizer after --channels-last has changed is that of one whose layout stays."""
+    conv = torch.nn.Conv2d(2, 3, 3)
+    x, steps = torch.randn(4, 2, 5, 5), []
+    before = torch.optim.SGD(conv.parameters(), 0.1, 0.9, fused=True)
+    conv(x).square().sum().backward()
+    before.step()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = copy.deepcopy(conv).to(memory_format=layout)
+        optimizer = torch.optim.SGD(ours.parameters(), 0.1, 0.9, fused=True)
+        checkpoint.load_optimizer(optimizer, {"optimizer": before.state_dict(), "file": "x"})
+        ours.zero_grad()
+        ours(x).square().sum().backward()
+        optimizer.step()
+        steps.append(ours.weight)
+    torch.testing.assert_close(*steps)
+
+
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_names_of_classes_are_in_one_unicode_form(tmp_path, form):
     """That of folders, whatever form an older checkpoint has."""

@@ -5,10 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import imagenet
 import models
 from utils import distributed, options
+from utils.checkpoint import BEST
 from utils.errors import BadInput
 
 
@@ -29,6 +31,50 @@ def test_options_that_no_run_has(name, value):
     saved["options"] |= {name: value}
     with pytest.raises(BadInput, match=f"runs/one/checkpoint is damaged: its options have {name} "):
         options.of_checkpoint(imagenet.build_parser(), saved)
+
+
+def test_the_demo_sets_what_is_not_given():
+    """As the README says: ten small classes, three epochs on a CPU; --lr 0.006 as a batch of 32 is 1/8 of 256."""
+    demo = {"data": "data/demo", "checkpoint": "checkpoints/demo", "arch": "l_resnet18", "image_size": 32, "epochs": 3}
+    demo |= {"schedule": [2], "train_batch": 32, "lr": 0.006, "demo": True, "excitation": "we"}
+    usual = vars(resolve("-d", "x"))
+    assert vars(resolve("--demo")) == usual | demo
+    assert vars(resolve("--demo", "--epochs", "9")) == usual | demo | {"epochs": 9}
+
+
+def test_a_restart_by_torchrun_goes_on_with_what_its_first_start_has_saved(monkeypatch, run, tmp_path):
+    """It begins anew what was to be replaced only if nothing was saved yet, and never replaces anything itself."""
+    monkeypatch.setattr(distributed, "RESTARTS", 1)
+    new = str(tmp_path / "new")
+    for words, resume in (
+        (["-d", "x", "-c", new], None),
+        (["-d", "x", "-c", str(run)], str(run)),
+        (["-d", "x", "-c", str(run), "--init", new], str(run)),
+        (["-d", "x", "-c", str(run), "-a", "l_tiny", "--start-epoch", "1", "--pretrained"], str(run)),
+        (["-d", "x", "-c", str(run), "--overwrite"], None),
+        (["--resume", str(run), "-c", new], str(run)),
+        (["--resume", str(run / BEST), "-c", str(run)], str(run)),
+    ):
+        args = resolve(*words)
+        assert (args.resume, args.overwrite, args.start_epoch) == (resume, False, 0), words
+    assert resolve("-e", "--resume", str(run / BEST)).resume == str(run / BEST)
+
+
+def test_weights_of_another_trainer_are_trained_from_the_epoch_that_is_named(tmp_path):
+    """As their file doesn't name any."""
+    file = tmp_path / "theirs.pth"
+    torch.save({"fc.weight": torch.ones(2, 3)}, file)
+    words = ["-d", "x", "-c", str(tmp_path), "--resume", str(file)]
+    for more, epoch in (([], 0), (["--start-epoch", "7"], 7)):
+        _, saved, _ = options.resolve(imagenet.build_parser(), words + more, models.EXCITED, models.ARCHITECTURES)
+        assert saved["epoch"] == epoch
+
+
+@pytest.mark.parametrize("size", ["32", "40"])
+def test_another_image_size_than_that_of_the_first_weights_is_told(run, tmp_path, capsys, size):
+    resolve("--init", str(run), "-d", "x", "-c", str(tmp_path), "--image-size", size)
+    told = f"{run / BEST} was trained at --image-size 32, and this run takes 40\n"
+    assert capsys.readouterr().out == (told if size == "40" else "")
 
 
 def test_parts_that_are_not_even(monkeypatch):
