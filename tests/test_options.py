@@ -17,6 +17,7 @@ import imagenet
 import models
 from tests.helpers import checkpoint
 from utils import distributed
+from utils.logger import read_log
 
 # As --help gives them in brackets: bearpaw's pytorch-classification, and ImageNet's usual recipe.
 DEFAULTS = {
@@ -207,6 +208,15 @@ def test_steps_are_those_of_the_textbook(train, words):
     for name, value in seen.saved["state_dict"].items():
         moved = (weights[name] - first[name]).norm()
         assert (value - weights[name]).norm() <= 2e-3 * moved, name
+
+
+def test_the_validation_loss_is_that_of_the_labels(train, tmp_path):
+    """Not smoothed, whatever training takes."""
+    seen = train("--lr 0.02 --label-smoothing 0.3")
+    model, images = seen.first.eval(), torch.cat(seen.validation)
+    model.load_state_dict(seen.saved["state_dict"])
+    loss = nn.functional.cross_entropy(model(images), classes_of(images))
+    assert read_log(tmp_path / "run" / "log.txt")[0]["Valid Loss"] == pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_pixels_are_normalized_by_the_numbers_of_torchvisions_weights(train):

@@ -236,6 +236,7 @@ def test_a_branch_leaves_its_run_as_it_was(command, run, tmp_path):
     result = command(*words, "--overwrite")
     assert result.status == 0
     assert "Best top-1 100.00 %; curves" in result.out
+    assert checkpoint(branch)["best_acc"] == 100.0
     assert "Changed: --epochs 2 -> 3, --lr 0.002 -> 0.001; the learning rate goes on at 0.001\n" in result.out
     assert contents(run) == before
     rows = read_log(branch / "log.txt")

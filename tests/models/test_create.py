@@ -158,6 +158,9 @@ def test_description():
     channel = models.describe(models.create("resnet18", excitation="we"))
     assert "formulation channel, standardized, MWE (channel gate), LWE (activation map); 20 of 20 convo" in channel
     assert "\nBatchNorm cancels" in channel
+    # Five convolutions of each width; a gate's matrices take its channels to a sixteenth of them and back.
+    gates = sum(5 * (2 * channels * (channels // 16) + channels // 16 + channels) for channels in (64, 128, 256, 512))
+    assert f" parameters, {gates:,} of them in gates; " in channel
     assert "BatchNorm" not in models.describe(models.create("l_resnet18"))
     mixed = models.describe(models.create("mobilenet_v3_small", excitation="we", formulation="paper"))
     assert mixed.endswith("23 of 52 convolutions excited (11 are depthwise, no normalization follows 18)")

@@ -133,6 +133,14 @@ def test_small_weights_are_mapped_to_themselves(form):
     torch.testing.assert_close(weight.double(), exact, rtol=1e-6 if form is gpu else 1e-5, atol=0)
 
 
+def test_weights_of_zero_have_no_sign(form):
+    """Pruned ones: the gate, whose statistic is of magnitudes, doesn't push them."""
+    (conv,) = convs_of("mwe", False, "channel", shapes=[(4, 3, 3, 1, LAST)])
+    with torch.no_grad():
+        conv.weight[:, ::2] = 0
+    check(form, [conv])
+
+
 @pytest.mark.parametrize("fill", [0.0, 0.3])
 def test_constant_filters_stay_finite(form, formulation, fill):
     (conv,) = convs_of("we", True, formulation, shapes=[(4, 3, 3, 1, LAST)])

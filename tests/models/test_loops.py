@@ -373,6 +373,7 @@ def test_a_frozen_layer_gets_a_frozen_gate():
     assert [parameter.requires_grad for parameter in model[0].parameters()] == [False] * 6
     assert [parameter.requires_grad for parameter in model[2].parameters()] == [True] * 6
     assert not any(module.training for module in model.modules())
+    assert [parameter.requires_grad for parameter in fold(model).parameters()] == [False] * 2 + [True] * 4
 
 
 def test_what_cant_be_folded_or_excited():

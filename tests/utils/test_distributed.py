@@ -1,6 +1,7 @@
 """The choice of devices, on machines with other GPUs than this one; parts of batches; commands to paste."""
 
 import runpy
+import shlex
 import sys
 from argparse import Namespace
 
@@ -49,6 +50,18 @@ def test_what_can_not_be_had(machine, monkeypatch):
         machine(*place)
         with pytest.raises(BadInput, match=text):
             join(Namespace(gpu_id="2,1" if place == (1,) else "0,1", compile=True, sync_bn=sync_bn))
+
+
+@pytest.mark.parametrize(
+    "processes, expected", [(8, ["--nproc-per-node", "8"]), (16, ["--nnodes", "2", "--nproc-per-node", "8"])]
+)
+def test_the_command_under_torchrun(machine, monkeypatch, processes, expected):
+    """As many processes on each machine as there are."""
+    machine(8, 8)
+    monkeypatch.setattr(distributed, "PROCESSES", processes)
+    monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
+    monkeypatch.setattr(sys, "argv", ["imagenet.py"])
+    assert shlex.split(command(["--resume=a b"]))[1:] == [*expected, "imagenet.py", "--resume=a b"]
 
 
 MEETING = {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

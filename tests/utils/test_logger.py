@@ -104,6 +104,10 @@ def test_runs_are_compared(compare, tmp_path):
     ]
     with Image.open(words[-1]) as picture:
         assert picture.size[0] > 800
+    for kind, start in ((".pdf", b"%PDF-"), (".svg", b"<?xml")):
+        file = tmp_path / f"curves{kind}"
+        assert compare(*words[:3], file)[0] == 0
+        assert file.read_bytes().startswith(start)
     assert compare(*words)[2].startswith(f"utils.compare: --out: {words[-1]} exists; ")
     assert compare(*words, "--overwrite")[0] == 0
 
@@ -116,11 +120,13 @@ def test_the_deviation_of_seeds_is_that_of_a_sample():
 
 def test_the_options_of_a_run(tmp_path):
     """Are what its last command says, and what only the first one does, but not where it lies."""
-    first = "python imagenet.py --data='my images' --lr=0.1 --schedule 30 60 --standardize --init=a.pth --start-epoch=0"
+    first = "python imagenet.py --data='my images' --lr=0.1 --train-batch=256 --test-batch=200 --schedule 30 60 "
+    first += "--standardize --init=a.pth --start-epoch=0"
     second = "torchrun --nproc-per-node 2 ./imagenet.py --lr=0.2 --schedule 40 --no-standardize --resume=a --workers=2"
     assert read_options(log(tmp_path / "a", 1, first, second)) == {
         "data": "data my images",
         "lr": "lr 0.2",
+        "train-batch": "train-batch 256",
         "schedule": "schedule 40",
         "standardize": "no-standardize",
         "init": "init a.pth",

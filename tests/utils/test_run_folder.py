@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import in_a_process, tiny_checkpoint
+from utils import distributed
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize
 from utils.errors import BadInput, RunFailed
+from utils.files import write_atomically
 from utils.logger import CURVES, LOG, Logger
 from utils.meters import Scores
 from utils.run_folder import COMMAND, LOCK, RunFolder
@@ -108,6 +110,32 @@ def test_what_a_save_writes(tmp_path):
     with RunFolder(tmp_path, overwrite=True) as run:
         run.save(tiny_checkpoint(1), Logger("title"))
     assert {*os.listdir(tmp_path)} == {LOCK, COMMAND, LAST}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Otherwise, a loss of power may leave an empty one; and then the folder is, for the name to last."""
+    synced, fsync, replace = [], os.fsync, os.replace
+
+    def note(handle):
+        synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        fsync(handle)
+
+    def check(source, target):
+        assert synced == [(Path(source).stat().st_ino, 4)]
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    write_atomically(tmp_path / "file", b"four")
+    assert [inode for inode, _ in synced] == [(tmp_path / "file").stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "RANK", 1)
+    with RunFolder(tmp_path) as run:
+        run.note("command\n")
+        run.save(tiny_checkpoint(1), Logger("title"), is_best=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [LOG, BEST, LAST])

@@ -15,8 +15,8 @@ from utils.workers import collate, has_lost_worker, warn_of_shared_memory
 
 
 def test_a_batch_of_samples():
-    """One image replaces another; for one, two could not be decoded; of one, the disk failed."""
-    pixels = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    """Two images replace others; for one, two could not be decoded; of one, the disk failed."""
+    pixels = torch.randint(0, 256, (5, 3, 5, 5), dtype=torch.uint8)
     batch = collate([
         Sample(pixels[0], 7, [], index=40),
         Sample(pixels[1], 5, ["a is bad"], index=41),
@@ -24,11 +24,12 @@ def test_a_batch_of_samples():
         Sample(pixels[2], 7, [], index=42),
         Sample(None, -1, [], "the disk fails"),
         Sample(pixels[3], 6, [], index=43),
+        Sample(pixels[4], 5, ["d is bad"], index=44),
     ])  # fmt: skip
     assert torch.equal(batch.images, pixels)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert (batch.targets, batch.indices) == ([7, 5, 7, 6], [40, 41, 42, 43])
-    assert (batch.bad, batch.reasons) == (2, ["a is bad", "b is bad", "c is bad"])
+    assert (batch.targets, batch.indices) == ([7, 5, 7, 6, 5], [40, 41, 42, 43, 44])
+    assert (batch.bad, batch.reasons) == (3, ["a is bad", "b is bad", "c is bad", "d is bad"])
     assert batch.failure == "the disk fails"
     assert collate([Sample(None, -1, ["bad"])]).images.shape[:2] == (0, 3)
 
