@@ -135,10 +135,10 @@ def main(argv: list[str]) -> int:
         except Stopped as stopped:  # by a signal
             end_workers()  # the loader would wait for each that is stuck
             folder.save(run.checkpoint(), run.log)
-            distributed.leave()
+            run.leave()
             place = f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"
             return folder.describe_stop(stopped.number, place)
-        distributed.leave()
+        run.leave()
         return folder.describe_end(run.best_acc, args.demo)
 
 
@@ -240,6 +240,13 @@ class Run:
         if changes:
             rate = learning_rate(self.args, self.epoch, self.step, self.data.steps)
             print(f"Changed: {changes}; the learning rate goes on at {rate:.4g}")
+
+    def leave(self) -> None:
+        """Part from the other processes, after the last step."""
+        del (
+            self.network
+        )  # in torch 2.8, a process group may hang if it ends with DistributedDataParallel, after leaving
+        distributed.leave()
 
 
 def train(run: Run, folder: RunFolder, stop: Stop) -> None:

@@ -19,6 +19,7 @@ import models
 from tests.helpers import (
     EXCITED,
     PATIENCE,
+    SIZES,
     SMALL,
     assert_close,
     assert_fails,
@@ -27,6 +28,7 @@ from tests.helpers import (
     changed_logits,
     checkpoint,
     contents,
+    copy_folder,
     started,
 )
 from utils import outputs
@@ -327,6 +329,20 @@ def test_bad_images_are_left_out_when_told(command, images, tmp_path, stop_after
     assert command(*words, "-c", tmp_path / "two", "-j", 2).status == 128 + signal.SIGTERM
     assert command("--resume", tmp_path / "two").status == 0
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_that_gets_nothing_right_has_a_best_checkpoint(command, images, run, tmp_path):
+    """Of the images of a class that the weights never guess, as those of the other can't be decoded."""
+    folder = copy_folder(images, tmp_path / "images")
+    for file in (folder / "val" / "ring").iterdir():
+        file.write_bytes(b"")
+    saved = checkpoint(run, BEST)
+    saved["state_dict"]["fc.weight"].zero_()
+    saved["state_dict"]["fc.bias"].copy_(torch.tensor([1.0, 0.0]))  # ring
+    torch.save(saved, run / BEST)
+    words = ["-d", folder, "--skip-bad-images", "--epochs", 1, "--lr", 0, "-c", tmp_path / "new"]
+    assert command("--init", run, *SIZES, *words).status == 0
+    assert checkpoint(tmp_path / "new", BEST)["acc"] == 0
 
 
 def test_a_validation_without_a_single_image_is_none(command, images, run, tmp_path):

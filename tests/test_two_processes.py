@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import socket
 import time
 import traceback
@@ -9,13 +10,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import imagenet
 from benchmarks.gpu import run_of
 from models.layers import Conv2d
-from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, run_command
+from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, copy_folder, run_command
 from utils import distributed
+from utils.checkpoint import LAST, PREVIOUS
 from utils.errors import BadInput
 from utils.signals import Stop
 from utils.workers import Batch
@@ -23,11 +26,15 @@ from utils.workers import Batch
 CPU = torch.device("cpu")
 
 
-def in_two(body: Callable[[int], object], meets: bool = True) -> list:
-    """What the body gives in each of two processes, by rank; they meet before it, unless it does that itself."""
+def in_two(body: Callable[[int], object], meets: bool = True, port: int = 0) -> list:
+    """What the body gives in each of two processes, by rank; they meet before it, unless it does that itself.
+
+    Args:
+        port: of a store that is kept from one call to the next; otherwise the first process has one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = port or free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
 
     def process(rank: int, pipe) -> None:
@@ -111,6 +118,27 @@ def test_both_must_begin_alike():
             return str(error)
 
     assert all("the processes have different options" in text for text in in_two(body))
+
+
+def test_both_must_see_the_same_images_and_resume_the_same_checkpoint(images, finished, tmp_path):
+    more = copy_folder(images, tmp_path / "more")
+    shutil.copyfile(more / "train/ring/0.jpg", more / "train/ring/more.jpg")
+    ends = in_two(lambda rank: run_command(*EXCITED, "-d", (images, more)[rank], "-c", tmp_path / "run"), meets=False)
+    assert ends == [2, 2]
+    files = finished / LAST, finished / PREVIOUS
+    words = ["--epochs", 3, "-c", tmp_path / "run"]
+    assert in_two(lambda rank: run_command("--resume", files[rank], *words), meets=False) == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_after_a_restart_both_meet_anew_and_one_says_why_they_fail(monkeypatch):
+    """torchrun keeps its store, in which the addresses of the processes that are gone are."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
+    for restarts in range(2):
+        monkeypatch.setattr(distributed, "RESTARTS", restarts)
+        assert sorted(in_two(lambda rank: distributed.is_first_to_fail(), port=store.port)) == [False, True]
 
 
 def test_before_validation_the_first_ones_buffers_are_everybodys():
