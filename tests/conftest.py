@@ -17,9 +17,10 @@ from torch import nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # a CPU runs Triton's kernels; read when torchvision imports Triton
 
+import models
 from models.layers import FORMULATIONS
 from tests.helpers import EXCITED, draw_folder, register_tiny, run_command
-from utils.signals import ENDING, Stop
+from utils.signals import ENDING
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,17 +90,21 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def stop_after(monkeypatch):
-    """Send the coming run a signal after so many optimizer steps and validation batches, and no later run."""
+    """Send the coming run a signal in the forward pass of this number, of training or validation, and no later run."""
 
-    def set_up(steps: int, number: signal.Signals = signal.SIGTERM) -> None:
-        is_requested, looks = Stop.is_requested.fget, iter(range(1, 10**6))
+    def set_up(passes: int, number: signal.Signals = signal.SIGTERM) -> None:
+        counted, create = iter(range(1, 10**6)), models.create
 
-        def counting(stop: Stop) -> bool:
-            if next(looks) == steps:
+        def count(module: nn.Module, inputs: tuple, logits: torch.Tensor) -> None:
+            if not logits.is_meta and next(counted) == passes:
                 os.kill(os.getpid(), number)
-            return is_requested(stop)
 
-        monkeypatch.setattr(Stop, "is_requested", property(counting))
+        def create_with_count(*words, **options) -> nn.Module:
+            model = create(*words, **options)
+            model.register_forward_hook(count)
+            return model
+
+        monkeypatch.setattr(models, "create", create_with_count)
 
     return set_up
 
