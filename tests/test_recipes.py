@@ -2,11 +2,13 @@
 
 import math
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import imagenet
 import models
@@ -33,15 +35,19 @@ SCHEDULES = {
 }
 
 
+@pytest.fixture
+def rates() -> Iterator[list[list[float]]]:
+    """Those with which any optimizer takes a step, of each of its groups."""
+    seen = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: seen.append([group["lr"] for group in optimizer.param_groups])
+    )
+    yield seen
+    hook.remove()
+
+
 @pytest.mark.parametrize("options", SCHEDULES)
-def test_the_rate_of_each_step_across_a_resumption(command, images, tmp_path, monkeypatch, stop_after, options):
-    train_step, rates = imagenet.train_step, []
-
-    def recording(run, *rest):
-        rates.append([group["lr"] for group in run.optimizer.param_groups])
-        train_step(run, *rest)
-
-    monkeypatch.setattr(imagenet, "train_step", recording)
+def test_the_rate_of_each_step_across_a_resumption(command, images, tmp_path, rates, stop_after, options):
     words = [*EXCITED, "-d", images, "--epochs", EPOCHS, *options.split(), "--lr", 0.004, "--decay", "weights"]
     assert command(*words, "-c", tmp_path / "whole").status == 0
     expected = [0.004 * factor for factor in SCHEDULES[options]]

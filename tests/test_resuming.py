@@ -69,16 +69,16 @@ def test_stopped_and_resumed_equals_uninterrupted(
     run = tmp_path / "parts"
     stopped = command(*words, "-j", workers, "-c", run)
     assert stopped.status == 128 + number
-    assert f"Stopped by {number.name}" in stopped.out
-    assert shlex.split(stopped.out.splitlines()[-1])[1:] == ["imagenet.py", f"--resume={run}"]
     epoch, place = divmod(stop - 1, 9)
     if place == 8:  # the last batch of a validation, after which its epoch is complete
         epoch, place = epoch + 1, 0
-    saved = checkpoint(run)
-    assert (saved["epoch"], saved["step"]) == (epoch, min(place // iter_size + 1, 6 // iter_size))
+    saved, step, steps = checkpoint(run), min(place // iter_size + 1, 6 // iter_size), 6 // iter_size
+    assert (saved["epoch"], saved["step"]) == (epoch, step)
+    assert f"Stopped by {number.name} at epoch {epoch + 1}/2, step {step}/{steps}; resume by\n" in stopped.out
+    assert shlex.split(stopped.out.splitlines()[-1])[1:] == ["imagenet.py", f"--resume={run}"]
     resumed = command("--resume", run, "-j", later_workers)
     assert resumed.status == 0
-    assert f"at epoch {epoch + 1}/2, step {saved['step']}/" in resumed.out
+    assert f"at epoch {epoch + 1}/2, step {step}/{steps}" in resumed.out
     assert_same_run(tmp_path / "whole", run)
 
 

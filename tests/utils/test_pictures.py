@@ -22,7 +22,7 @@ def test_gates():
     layers = [layer("a"), layer("plain", gate=False), layer("b")]
     fresh = [layers[0].gates - 0.1, None, layers[0].gates - 0.2]
     above, below = draw_gates(layers, fresh, "title").axes
-    assert [label.get_text() for label in below.get_xticklabels()] == ["a", "b"]
+    assert [(label.get_position()[0], label.get_text()) for label in below.get_xticklabels()] == [(1, "a"), (2, "b")]
     curves = {line.get_label(): line.get_ydata() for line in below.get_lines()}
     assert curves["constant: at a neutral input"] == pytest.approx([np.arange(8).std() / 100] * 2)
     expected = (layers[0].gates - layers[0].constants).std()
@@ -30,6 +30,9 @@ def test_gates():
     assert [text.get_text() for text in above.get_legend().get_texts()] == ["this run", "a fresh network of this seed"]
     boxes = [patch.get_path().vertices[:, 1].max() for patch in above.patches]
     assert boxes == pytest.approx(np.percentile(layers[0].gates, 75) - [0, 0, 0.1, 0.2])
+    ends = [value for line in above.get_lines() for value in line.get_ydata()]
+    assert max(ends) == pytest.approx(np.percentile(layers[0].gates, 95))  # of the whiskers
+    assert min(ends) == pytest.approx(np.percentile(layers[0].gates, 5) - 0.2)
 
 
 def test_many_layers_are_named_by_their_stages():
