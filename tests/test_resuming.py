@@ -46,9 +46,9 @@ THOROUGH = [*EXCITED, "--schedule", 1, "--drop", 0.3]
 @pytest.mark.parametrize(
     ("formulation", "iter_size", "workers", "later_workers", "stop", "number"),
     [
-        ("channel", 1, 0, 2, 2, signal.SIGTERM),
+        ("channel", 1, 2, 0, 2, signal.SIGTERM),
         ("channel", 3, 2, 0, 7, signal.SIGINT),  # in a validation
-        ("paper", 1, 2, 0, 17, signal.SIGHUP),  # in the last validation
+        ("paper", 1, 0, 2, 17, signal.SIGHUP),  # in the last validation
         ("paper", 3, 0, 2, 11, signal.SIGUSR1),
         *(
             pytest.param(formulation, iter_size, 0, 2, stop, signal.SIGTERM, marks=pytest.mark.slow)

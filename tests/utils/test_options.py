@@ -33,6 +33,11 @@ def test_options_that_no_run_has(name, value):
         options.of_checkpoint(imagenet.build_parser(), saved)
 
 
+@pytest.mark.parametrize("words", ["30 60", "30,60", "30, 60", "30 ,60,"])
+def test_milestones_with_and_without_commas(words):
+    assert resolve("-d", "x", "--schedule", *words.split()).schedule == [30, 60]
+
+
 def test_the_demo_sets_what_is_not_given():
     """As the README says: ten small classes, three epochs on a CPU; --lr 0.006 as a batch of 32 is 1/8 of 256."""
     demo = {"data": "data/demo", "checkpoint": "checkpoints/demo", "arch": "l_resnet18", "image_size": 32, "epochs": 3}
