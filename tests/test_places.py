@@ -111,6 +111,13 @@ def test_ctrl_c_while_torch_is_imported(tmp_path):
     assert (ended.status, ended.err) == (-signal.SIGINT, "interrupted; nothing was written\n")
 
 
+def test_an_error_that_nobody_expects_has_its_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ValueError('of a broken installation')")
+    ended = run_process("imagenet.py", PYTHONPATH=str(tmp_path))
+    assert ended.status == 1
+    assert ended.err.startswith("Traceback") and ended.err.endswith("\nValueError: of a broken installation\n")
+
+
 # --- file systems
 
 
