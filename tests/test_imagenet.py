@@ -224,6 +224,9 @@ BAD_VALUES = """
 BAD_COMBINATIONS = {
     "-a l_resnet51": "close are l_resnet50",
     "--shedule 3": "close are --schedule",
+    "-b 3": "-b: no such option; here it is --train-batch",
+    "--lr_scheduler cosine": "here it is --schedule for drops, or --cosine",
+    "-a resnet50_gn": "--arch l_resnet50 --excitation none --no-standardize",
     "--excitation paper": "--excitation: paper is a choice of --formulation",
     "-a resnet18 --formulation paper": "--formulation: resnet18 stays plain",
     "-a squeezenet1_1 --excitation we": "normalization",

@@ -8,6 +8,44 @@ from collections.abc import Callable, Iterable, Sequence
 
 from utils.errors import BadInput
 
+# What the scripts of torchvision, timm and pytorch/examples call our options.
+ELSEWHERE = {
+    "-b": "--train-batch",
+    "--batch-size": "--train-batch",
+    "--val-batch-size": "--test-batch",
+    "--validation-batch-size": "--test-batch",
+    "--grad-accum-steps": "--iter-size",
+    "--gradient-accumulation-steps": "--iter-size",
+    "--model": "--arch",
+    "--data-path": "--data",
+    "--data-dir": "--data",
+    "--img-size": "--image-size",
+    "--input-size": "--image-size",
+    "--train-crop-size": "--image-size",
+    "--val-crop-size": "--image-size",
+    "--lr-scheduler": "--schedule for drops, or --cosine",
+    "--sched": "--schedule for drops, or --cosine",
+    "--lr-step-size": "--schedule EPOCH EPOCH ...",
+    "--decay-epochs": "--schedule EPOCH EPOCH ...",
+    "--decay-milestones": "--schedule EPOCH EPOCH ...",
+    "--milestones": "--schedule EPOCH EPOCH ...",
+    "--lr-gamma": "--gamma",
+    "--decay-rate": "--gamma",
+    "--lr-warmup-epochs": "--warmup",
+    "--warmup-epochs": "--warmup",
+    "--norm-weight-decay": "--decay weights, which spares norms",
+    "--smoothing": "--label-smoothing",
+    "--amp-dtype": "--amp bf16, or fp16",
+    "--torchcompile": "--compile",
+    "--gpu": "--gpu-id",
+    "--num-workers": "--workers",
+    "--output": "--checkpoint",
+    "--output-dir": "--checkpoint",
+    "--initial-checkpoint": "--init",
+    "--test-only": "--evaluate",
+    "--eval": "--evaluate",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises its errors.
@@ -22,7 +60,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            hint = closest(unknown[0].partition("=")[0], self._option_string_actions)
+            word, known = unknown[0].partition("=")[0], self._option_string_actions
+            meant = ELSEWHERE.get(word.replace("_", "-"), "")
+            hint = f"here it is {meant}" if meant.partition(" ")[0] in known else closest(word, known)
             self.error(f"{unknown[0]}: no such option; {hint}")
         return namespace
 

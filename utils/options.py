@@ -222,7 +222,9 @@ def check_training(args: argparse.Namespace) -> None:
 def check_network(args: argparse.Namespace, excited: Sequence[str], architectures: Sequence[str]) -> None:
     """That there is such an architecture, with such weights."""
     if args.arch not in architectures:
-        raise BadInput(f"--arch {args.arch}: no such architecture; {closest(args.arch, architectures)}")
+        ours = "here timm's resnet50_gn is --arch l_resnet50 --excitation none --no-standardize"
+        hint = ours if args.arch == "resnet50_gn" else closest(args.arch, architectures)
+        raise BadInput(f"--arch {args.arch}: no such architecture; {hint}")
     no_weights = args.pretrained and args.arch in excited
     refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 

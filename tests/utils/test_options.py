@@ -10,12 +10,19 @@ import torch
 import imagenet
 import models
 from utils import distributed, options
+from utils.arguments import ELSEWHERE
 from utils.checkpoint import BEST
 from utils.errors import BadInput
 
 
 def resolve(*words):
     return options.resolve(imagenet.build_parser(), list(words), models.EXCITED, models.ARCHITECTURES)[0]
+
+
+def test_what_other_scripts_call_our_options():
+    options = imagenet.build_parser()._option_string_actions
+    assert all(meant.split()[0] in options for meant in ELSEWHERE.values())
+    assert not {*options} & {*ELSEWHERE}
 
 
 NO_OPTIONS = [("lr", "0.1"), ("lr", 1), ("lr", float("nan")), ("epochs", 0), ("epochs", 1.0), ("epochs", True),
