@@ -224,6 +224,7 @@ class Run:
             "sums": self.scores.sums,
             "log": self.log.rows,
             "images": self.data.digests["train"],
+            "val_images": self.data.digests["val"],
             "rng": checkpoint.random_state(),
             "options": options.of_run(self.args),
         }
@@ -240,6 +241,15 @@ class Run:
         if changes:
             rate = learning_rate(self.args, self.epoch, self.step, self.data.steps)
             print(f"Changed: {changes}; the learning rate goes on at {rate:.4g}")
+        if saved["images"] not in ("", self.data.digests["train"]):
+            print(f"The training images are not those of {saved['file']}")
+        size = saved["options"].get("image_size", self.args.image_size)
+        is_other = saved["val_images"] not in ("", self.data.digests["val"]) or size != self.args.image_size
+        if is_other and self.best_acc >= 0:
+            print(
+                f"Its best top-1, {self.best_acc:.2f} %, is of other validation images or sizes: the best begins anew"
+            )
+            self.best_acc = -1.0
 
     def leave(self) -> None:
         """Part from the other processes, after the last step."""

@@ -161,7 +161,19 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Weights, optimizer, random state and log are the same to the last bit, and so is the best."""
     for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
         a, b = checkpoint(one, name), checkpoint(other, name)
-        for key in ("epoch", "step", "arch", "classes", "best_acc", "acc", "sums", "log", "images", "scaler"):
+        for key in (
+            "epoch",
+            "step",
+            "arch",
+            "classes",
+            "best_acc",
+            "acc",
+            "sums",
+            "log",
+            "images",
+            "val_images",
+            "scaler",
+        ):
             assert a[key] == b[key], key
         assert list(a["state_dict"]) == list(b["state_dict"])
         for key, value in a["state_dict"].items():
@@ -204,6 +216,7 @@ def tiny_checkpoint(epoch: int = 1) -> dict:
         "sums": Scores().sums,
         "log": [[float(number)] * len(COLUMNS) for number in range(epoch)],
         "images": "fingerprint",
+        "val_images": "another one",
         "rng": {"cpu": torch.get_rng_state(), "cuda": []},
         "options": {"arch": "linear", "lr": 0.1, "schedule": [1, 2], "data": None},
     }

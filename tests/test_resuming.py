@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from tests.helpers import (
     changed_logits,
     checkpoint,
     contents,
+    copy_folder,
     infinite_gradient,
     run_command,
     started,
@@ -264,6 +266,34 @@ def test_what_is_told_of_options_that_change(command, images, tmp_path, stop_aft
     changes = "--epochs 2 -> 3, --lr 0.002 -> 0.01, --schedule 1 -> 1 9"
     assert f"Changed: {changes}; the learning rate goes on at 0.001\n" in longer.out
     assert "Changed" not in command("--resume", run / PREVIOUS, "-c", tmp_path / "branch").out
+
+
+def test_a_best_is_of_the_images_that_a_run_validates_on(command, images, run, tmp_path):
+    """Of others, or of another size, it begins anew; other training images between two epochs are told alone."""
+    torch.save(checkpoint(run) | {"best_acc": 100.0}, run / LAST)
+    told = "Its best top-1, 100.00 %, is of other validation images or sizes: the best begins anew\n"
+
+    def best_of(change: Callable[[Path], object] | None, *words) -> tuple[str, float]:
+        folder, place = copy_folder(images, tmp_path / f"{len(os.listdir(tmp_path))}"), tmp_path / "branch"
+        if change:
+            change(folder)
+        ended = command("--resume", run, "--epochs", 3, "-d", folder, "-c", place, "--overwrite", *words)
+        assert ended.status == 0, ended.err
+        return ended.out, checkpoint(place)["best_acc"]
+
+    out, best = best_of(None)
+    assert (told in out, "training images" in out, best) == (False, False, 100)
+    out, best = best_of(lambda folder: shutil.copyfile(folder / "val/ring/0.jpg", folder / "val/ring/more.jpg"))
+    assert (told in out, "training images" in out, best < 100) == (True, False, True)
+    out, best = best_of(None, "--image-size", 40)
+    assert (told in out, "training images" in out, best < 100) == (True, False, True)
+    out, best = best_of(lambda folder: (folder / "train/ring/0.jpg").rename(folder / "train/ring/more.jpg"))
+    assert (told in out, best) == (False, 100)
+    assert f"The training images are not those of {run / LAST}\n" in out
+    saved = checkpoint(run)
+    del saved["val_images"]  # as older runs have it
+    torch.save(saved, run / LAST)
+    assert best_of(None)[1] == 100
 
 
 def test_kept_epochs(command, run, tmp_path):

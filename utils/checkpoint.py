@@ -14,6 +14,7 @@ A checkpoint of this trainer is a dict with
     sums         the running sums of the unfinished epoch (see utils/meters.py)
     log          the rows of log.txt
     images       fingerprint of the training images, to continue the same shuffle
+    val_images   fingerprint of the validation images, of which the accuracies are; empty in older ones
     rng          states of torch's random generators: {"cpu": tensor, "cuda": [tensor, ...]}
     options      {option: value}, every option that the run resolved
     versions     {package: version}, with which it was written
@@ -49,7 +50,7 @@ KEPT = "checkpoint.epoch{}.pth.tar"  # of --keep-freq
 KEYS = {
     **dict.fromkeys(("epoch", "step"), int),
     **dict.fromkeys(("best_acc", "acc"), float),
-    **dict.fromkeys(("arch", "images"), str),
+    **dict.fromkeys(("arch", "images", "val_images"), str),
     **dict.fromkeys(("classes", "sums", "log"), list),
     **dict.fromkeys(("state_dict", "optimizer", "scaler", "rng", "options", "versions"), dict),
 }
@@ -127,6 +128,7 @@ def load(file: Path) -> dict:
     elif checkpoint["format"] != FORMAT:
         raise BadInput(f"{file} has format {checkpoint['format']}; this version reads format {FORMAT}")
     else:
+        checkpoint.setdefault("val_images", "")
         unusable = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
         unusable = unusable or _out_of_bounds(checkpoint)
         if unusable:
@@ -174,6 +176,7 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "sums": Scores().sums,
         "log": [],
         "images": "",
+        "val_images": "",
         "rng": {},
         "options": {},
         "versions": versions(),
