@@ -50,4 +50,5 @@ FORMATS = {
     "animated.gif": encoded(IMAGE, "GIF", save_all=True, append_images=[IMAGE.rotate(90)]),
     "rgb.bmp": encoded(IMAGE, "BMP"),
     "rgb.tif": encoded(IMAGE, "TIFF"),
+    **({"rgb.avif": encoded(IMAGE, "AVIF", quality=90)} if ".avif" in Image.registered_extensions() else {}),
 }

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from utils import distributed
 from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
-from utils.folders import ImageFolder, check_same_classes, shuffle
+from utils.folders import ImageFolder, alike, check_same_classes, shuffle
 from utils.images import ignore_warnings
 from utils.signals import held, waiting
 from utils.workers import (
@@ -88,6 +88,10 @@ class Data:
             print(f"Files passed over, for their names or as they are in no class: {count:,}, such as {examples[0]}")
         if len(self.classes) == 1:
             print(f"There is only one class, {self.classes[0]}: every answer is right, and training teaches nothing")
+        names = sorted(self.classes, key=alike)
+        pairs = [f"{one!r} and {other!r}" for one, other in pairwise(names) if alike(one) == alike(other)]
+        if pairs:
+            print(f"Classes whose names differ in case or blanks alone: {', '.join(pairs)}")
         # torchvision's weights are all for ImageNet's classes; for another number the classifier is made anew.
         is_nameless = saved["classes"] == [] if saved else self.args.pretrained and len(self.classes) == 1000
         if is_nameless and all(name.isdecimal() for name in self.classes):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -21,7 +22,8 @@ from utils.errors import BadInput
 from utils.images import BadImage, decode, random_resized_crop, read, resized_center_crop
 
 DOT = ord(".")
-EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe"))
+AVIF = (".avif",) if ".avif" in Image.registered_extensions() else ()  # some builds of Pillow can't read it
+EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", *AVIF))
 REPLACEMENTS = 100  # images in a row that may be bad
 
 
@@ -185,6 +187,11 @@ def _listing() -> Iterator[None]:
         raise BadInput(f"--data: can't list {os.fsdecode(error.filename)}: {error.strerror}") from error
 
 
+def alike(name: str) -> str:
+    """The same for names of classes that differ in case or blanks alone."""
+    return "".join(name.casefold().split())
+
+
 def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
     """Refuse folders of different classes, whose indices would not mean the same.
 
@@ -195,8 +202,9 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
         missing = sorted(set(one.classes) - set(other.classes))
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            likeness = [f"; it has {like!r}" for like in other.classes if alike(like) == alike(missing[0])]
             raise BadInput(
-                f"--data: {name} has no folder for the class {missing[0]}{more}; "
+                f"--data: {name} has no folder for the class {missing[0]!r}{more}{''.join(likeness)}; "
                 "train and val must hold the same classes"
             )
 

@@ -80,6 +80,13 @@ def test_the_list_leaves_out_what_is_hidden_and_has_a_digest_whatever_its_place(
     assert ImageFolder(folder, 32).digest() != dataset.digest()
 
 
+def test_every_format_that_can_be_decoded_is_listed(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in FORMATS:
+        (tmp_path / "a" / name).touch()
+    assert sorted(paths(ImageFolder(tmp_path, 32))) == sorted(f"{tmp_path}/a/{name}" for name in FORMATS)
+
+
 def test_folders_at_any_depth_are_listed_as_torchvision_lists_them(tmp_path):
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "val"
     # "b c" and "b-" come between "b" and "b/c" or not, as one compares.
@@ -139,9 +146,19 @@ def test_a_class_that_is_a_link_to_nothing_is_refused_and_one_class_alone_is_tol
         data(tmp_path, "-e")
 
 
+def test_classes_that_differ_in_case_or_blanks_alone_are_told(tmp_path, capsys):
+    for name in ("cat", "Cat", "dog ", "dog", "dogs"):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        (tmp_path / "val" / name / "0.jpg").touch()
+    data(tmp_path, "-e")
+    told = "Classes whose names differ in case or blanks alone: 'Cat' and 'cat', 'dog' and 'dog '\n"
+    assert capsys.readouterr().out.count(told) == 1
+
+
 UNUSABLE = {
-    "val/a/1.jpg val/b/1.jpg train/a/1.jpg": "train has no folder for the class b; train and val must hold the same",
-    "val/a/1.jpg train/a/1.jpg train/c/1.jpg train/b/1.jpg": "val has no folder for the class b and 1 more; train and",
+    "val/a/1.jpg val/b/1.jpg train/a/1.jpg": "train has no folder for the class 'b'; train and val must hold the same",
+    "val/a/1.jpg train/a/1.jpg train/c/1.jpg train/b/1.jpg": "val has no folder for the class 'b' and 1 more; train",
+    "val/Dog/1.jpg train/dog/1.jpg": "val has no folder for the class 'dog'; it has 'Dog'; train",
     "val/1.jpg": "/val has no class folders; images belong in .*/val/CLASS/$",
     "val/a/1.jpg val/b/notes.txt val/b/list.txt": "class folder .*/val/b has no images, only files such as list.txt$",
     "val/a/1.jpg val/b/": "the class folder .*/val/b has no images$",
