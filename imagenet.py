@@ -21,7 +21,7 @@ from torch import nn
 
 import models
 from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
-from utils import checkpoint, command, distributed, options, outputs
+from utils import checkpoint, command, distributed, options, outputs, workers
 from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
 from utils.classifier import Classifier, classify
 from utils.data import Data
@@ -31,7 +31,7 @@ from utils.meters import Progress, Reading, Scores
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
-from utils.workers import Batch, end_workers
+from utils.workers import Batch
 
 
 def build_parser() -> Parser:
@@ -97,6 +97,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@workers.ended()
 def main(argv: list[str]) -> int:
     """One command, whose steps follow in their order; returns the exit status."""
     args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
@@ -133,7 +134,7 @@ def main(argv: list[str]) -> int:
         try:
             train(run, folder, stop)
         except Stopped as stopped:  # by a signal
-            end_workers()  # the loader would wait for each that is stuck
+            workers.end_workers()  # the loader would wait for each that is stuck
             folder.save(run.checkpoint(), run.log)
             run.leave()
             place = f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"

@@ -32,7 +32,6 @@ from utils.figures import Figure, render
 from utils.files import write_atomically
 from utils.folders import ImageFolder
 from utils.logger import LOG, read_log
-from utils.workers import end_workers
 
 # What a CPU can do in some hours, for Fashion-MNIST; words after -- override it.
 RECIPE = "--epochs 5 --schedule 3 --image-size 28 --train-batch 128 --test-batch 500 -j 0"
@@ -168,8 +167,6 @@ def train(study: Study, run: Run, data: str) -> None:
         if status != 0:  # a signal has ended the run, which has saved
             print("benchmarks.study: stopped; the same command goes on", file=sys.stderr)
             sys.exit(status)
-    finally:
-        end_workers()
 
 
 def accuracy_table(study: Study) -> list[list[str]]:

@@ -292,7 +292,8 @@ def test_bad_checkpoints(command, finished, tmp_path, monkeypatch):
 
 def test_a_run_keeps_its_network(command, run):
     before = contents(run)
-    network = ("-a resnet18", "--excitation none", "--no-standardize", "--stem small")
+    network = ("-a resnet18", "--excitation none", "--formulation paper", "--no-standardize", "--stem small")
+    network += ("--cardinality 8", "--base-width 8", "--decay weights")
     for words in (*network, "--start-epoch 1", "--pretrained"):
         text = words.replace("--no-", "--").replace("-a", "--arch").replace("epoch 1", "epoch")
         assert_refused(command("--resume", run, "--epochs", 3, *words.split()), text)

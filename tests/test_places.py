@@ -1,11 +1,13 @@
 """The command in the places where people run it: containers, notebooks, daemons, odd file systems."""
 
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, assert_fails, run_command
+import imagenet
+from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, assert_fails, changed_logits, run_command
 from utils import demo
 from utils.checkpoint import BEST, LAST, PREVIOUS
 from utils.run_folder import LOCK
@@ -92,6 +95,26 @@ def test_a_notebooks_backend_that_is_not_here(finished, tmp_path):
 def test_a_notebooks_backend_is_kept_for_what_a_command_starts():
     ended = run_process("-c", "import utils.figures, os; assert os.environ['MPLBACKEND'] == 'x'", MPLBACKEND="x")
     assert ended.status == 0, ended.err
+
+
+def test_main_in_python(images, tmp_path):
+    """In a thread too, and where it fails: its workers end with it. Otherwise, Python waits for them at its exit."""
+    before, statuses = multiprocessing.active_children(), []
+
+    def call(name: str) -> None:
+        words = [*EXCITED, "-d", images, "--epochs", 1, "-j", 2, "-c", tmp_path / name]
+        statuses.append(imagenet.main([str(word) for word in words]))
+
+    call("here")
+    thread = threading.Thread(target=call, args=("in a thread",))
+    thread.start()
+    thread.join(PATIENCE)
+    assert statuses == [0, 0]
+    with changed_logits(lambda logits: 1 / 0), pytest.raises(ZeroDivisionError):
+        call("fails")
+    for worker in {*multiprocessing.active_children()} - {*before}:
+        worker.join(30)
+        assert worker.exitcode is not None
 
 
 # --- daemons

@@ -13,7 +13,6 @@ import torch
 
 from utils import distributed
 from utils.errors import BadInput, RunFailed
-from utils.workers import end_workers, has_lost_worker
 
 
 class Output:
@@ -58,9 +57,6 @@ def run(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
         status, text = 128 + signal.SIGINT, "interrupted; nothing was written"
     except Exception as error:
         status, text = explain(error)
-        end_workers()  # before the loader is freed, which would wait for them
-    finally:
-        end_workers()
     if distributed.is_first_to_fail():
         print(f"{name}: {' '.join(text.splitlines())}", file=sys.stderr)
     return status
@@ -70,12 +66,6 @@ def explain(error: Exception) -> tuple[int, str]:
     """The exit status of a failure, and what to say of it; one that nobody expects is raised again."""
     if isinstance(error, BadInput | RunFailed):
         return error.status, str(error)
-    # Torch raises the first wherever the main process is at that moment; the second is a broken connection.
-    if isinstance(error, RuntimeError | OSError | EOFError) and has_lost_worker():
-        return 1, (
-            "a process that loads images died: if memory ran out, lower --workers; if shared memory did, as in a "
-            "container, raise it by --shm-size or --ipc=host"
-        )
     if os.strerror(errno.EMFILE) in str(error):  # for which torch has its own words
         return 1, "too many open files: lower --workers, or raise ulimit -n"
     if isinstance(error, OSError):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -30,7 +31,8 @@ class Stop:
         self.number, self.time, self.is_waiting = 0, 0.0, False
 
     def __enter__(self) -> "Stop":
-        self.before = {number: signal.getsignal(number) for number in ENDING}
+        is_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers
+        self.before = {number: signal.getsignal(number) for number in ENDING} if is_main else {}
         for number, handler in self.before.items():
             if handler != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._handle)

@@ -1,6 +1,7 @@
 """The processes that load images: what they make of samples, how they begin, fail and end."""
 
 import argparse
+import contextlib
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -9,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils import distributed
+from utils.errors import RunFailed
 from utils.folders import ImageFolder, Sample
 from utils.images import ignore_warnings
 from utils.signals import ignore_in_worker
@@ -95,8 +97,29 @@ def _end_with_main_process() -> None:
     os._exit(1)
 
 
-def has_lost_worker() -> bool:
-    """Whether a process that loads images has died; asked when something has failed, perhaps for that reason."""
+@contextlib.contextmanager
+def ended() -> Iterator[None]:
+    """Around all work with workers: they end with it, and the death of one is told as what it is.
+
+    Raises:
+        RunFailed: a worker has died.
+    """
+    try:
+        yield
+    # Torch raises the first wherever the main process is at that moment; the others are of a broken connection.
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _has_lost_worker():
+            raise
+        raise RunFailed(
+            "a process that loads images died: if memory ran out, lower --workers; if shared memory did, as in a "
+            "container, raise it by --shm-size or --ipc=host"
+        ) from error
+    finally:
+        end_workers()  # before the loader is freed, which would wait for them
+
+
+def _has_lost_worker() -> bool:
+    """Whether a process that loads images has died."""
     _ignore_deaths()
     if running:  # the connection to a process may break a moment before the process counts as dead
         multiprocessing.connection.wait([worker.sentinel for worker in running], timeout=1)
@@ -105,7 +128,8 @@ def has_lost_worker() -> bool:
 
 def _ignore_deaths() -> None:
     """From here on, let the loader's handler of a worker's death raise no error, in the middle of whatever."""
-    if hasattr(signal, "SIGCHLD"):  # which Windows lacks
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may set a handler
+    if is_main and hasattr(signal, "SIGCHLD"):  # which Windows lacks
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

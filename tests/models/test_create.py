@@ -30,8 +30,10 @@ def test_torchvision_is_untouched_unless_told():
     assert not excited(ours)
     for name, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value)
-    converted = models.create("resnet18", num_classes=7, excitation="we", formulation="paper")
+    options = {"excitation": "mwe", "formulation": "paper", "standardize": False}
+    converted = models.create("resnet18", num_classes=7, **options)
     assert len(excited(converted)) == 20
+    assert all({name: getattr(conv, name) for name in options} == options for conv in excited(converted))
     assert isinstance(converted.bn1, nn.BatchNorm2d)
 
 
@@ -102,7 +104,8 @@ def test_pretrained_weights_are_for_a_thousand_classes():
 @pytest.mark.parametrize("arch", ["l_resnext50", "l_resnext101", "l_resnext152"])
 def test_cardinality_and_base_width(arch):
     with torch.device("meta"):
-        model = models.create(arch, cardinality=8, base_width=16)
+        model = models.create(arch, num_classes=7, cardinality=8, base_width=16)
+    assert model.fc.out_features == 7
     assert model.layer1[0].conv2.groups == 8
     assert model.layer1[0].conv2.weight.shape == (128, 16, 3, 3)
 

@@ -59,3 +59,13 @@ def test_weights():
     assert [patch.get_data().values.sum() for patch in shares.patches] == pytest.approx([100] * 3)
     assert len(draw_weights(layers[:1], "title").axes) == 5
     assert len(draw_weights([layer("plain", mapped=False)] * 3, "title").axes) == 3
+
+
+def test_points_of_a_large_layer_are_of_all_its_channels():
+    """20,000 of its 64,000 weights, each as large as its channel's number."""
+    weights = np.repeat(np.arange(64.0), 1000).reshape(64, 40, 5, 5)
+    large = SimpleNamespace(name="large", raw=weights, excited=2 * weights, relative=None)
+    (line,) = draw_weights([large], "title").axes[0].get_lines()
+    assert len(line.get_xdata()) == 20_000
+    assert {*line.get_xdata()} == {*range(64)}
+    assert np.array_equal(line.get_ydata(), 2 * line.get_xdata())

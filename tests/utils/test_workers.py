@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from argparse import Namespace
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.helpers import PATIENCE
 from utils import workers
+from utils.errors import RunFailed
 from utils.folders import Sample
-from utils.workers import collate, has_lost_worker, warn_of_shared_memory
+from utils.workers import collate, warn_of_shared_memory
 
 
 def test_a_batch_of_samples():
@@ -52,11 +55,14 @@ def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluat
 def test_one_lost_worker_is_enough(monkeypatch):
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=time.sleep, args=(600,)), fork.Process(target=os._exit, args=(1,))]
-    monkeypatch.setattr(workers, "running", processes)
+    monkeypatch.setattr(workers, "running", [*processes])
     try:
         for process in processes:
             process.start()
         processes[1].join()
-        assert has_lost_worker()
+        with pytest.raises(RunFailed, match="a process that loads images died"), workers.ended():
+            raise RuntimeError
+        processes[0].join(PATIENCE)
+        assert processes[0].exitcode == -signal.SIGKILL
     finally:
         processes[0].kill()
