@@ -117,6 +117,15 @@ def test_cardinality_and_base_width_by_default():
     assert shapes == {name: value.shape for name, value in plain.state_dict().items()}
 
 
+@pytest.mark.parametrize("formulation, gates", [("paper", 2_502_026), ("channel", 3_554_364)])
+@pytest.mark.parametrize("arch", ["l_resnet50", "resnet50"])
+def test_parameters_of_the_gates_are_those_of_the_readme(arch, formulation, gates):
+    """Beside the 25,557,032 of ResNet-50."""
+    with torch.device("meta"):
+        text = models.describe(models.create(arch, excitation="we", formulation=formulation))
+    assert text.startswith(f"{25_557_032 + gates:,} parameters, {gates:,} of them in gates; ")
+
+
 @pytest.mark.parametrize("arch", ["l_resnet18", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1"])
 def test_drop_works_in_training_alone(arch):
     torch.manual_seed(0)
