@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 import models
 from models.layers import FORMULATIONS
-from tests.helpers import EXCITED, draw_folder, register_tiny, run_command
+from tests.helpers import EXCITED, draw_folder, register_tiny, run_command, send
 from utils.signals import ENDING
 
 
@@ -97,7 +97,7 @@ def stop_after(monkeypatch):
 
         def count(module: nn.Module, inputs: tuple, logits: torch.Tensor) -> None:
             if not logits.is_meta and next(counted) == passes:
-                os.kill(os.getpid(), number)
+                send(number)
 
         def create_with_count(*words, **options) -> nn.Module:
             model = create(*words, **options)

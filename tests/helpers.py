@@ -127,6 +127,13 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
         time.sleep(0.05)
 
 
+def send(number: int) -> None:
+    """Send this process a signal, which the code is about to handle: by itself, it would end all tests."""
+    unhandled = (signal.SIG_DFL, signal.default_int_handler)
+    assert signal.getsignal(number) not in unhandled, f"nobody handles {signal.Signals(number).name}"
+    os.kill(os.getpid(), number)
+
+
 def in_a_process(body: Callable[[], int]) -> int:
     """Run in a fork, whose end ends nothing else; returns its exit status, or minus the signal that ended it."""
     child = os.fork()

@@ -31,6 +31,7 @@ from tests.helpers import (
     copy_folder,
     infinite_gradient,
     run_command,
+    send,
     started,
     wait_until,
 )
@@ -110,7 +111,7 @@ def test_stopped_while_it_waits_for_a_batch(command, images, tmp_path, monkeypat
     def stopped_waiting():
         with waiting():
             if next(waits) == wait:
-                os.kill(os.getpid(), signal.SIGTERM)
+                send(signal.SIGTERM)
             yield
 
     monkeypatch.setattr(data, "waiting", stopped_waiting)
@@ -159,7 +160,7 @@ def test_stopped_while_the_workers_are_stuck(command, images, tmp_path, monkeypa
         with waiting():
             for worker in {*multiprocessing.active_children()} - {*before}:
                 os.kill(worker.pid, signal.SIGSTOP)
-            os.kill(os.getpid(), signal.SIGTERM)
+            send(signal.SIGTERM)
             yield
 
     monkeypatch.setattr(data, "waiting", stuck_and_stopped)

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers import in_a_process
+from tests.helpers import in_a_process, send
 from utils import distributed
-from utils.signals import ENDING, Stop, Stopped, waiting
+from utils.signals import Stop, Stopped, waiting
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one is SLURM's
 
 
 @pytest.mark.parametrize("number", ENDING)
@@ -18,7 +20,7 @@ def test_a_signal_waits_for_the_end_of_a_step(number, capfd):
     with Stop() as stop:
         assert not stop.is_requested
         stop.check(False)
-        os.kill(os.getpid(), number)
+        send(number)
         assert stop.is_requested
         with pytest.raises(Stopped, match=number.name) as stopped:
             stop.check(True)
@@ -39,10 +41,10 @@ def test_another_signal_and_one_that_is_ignored(monkeypatch, seconds, status):
     def body() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            send(signal.SIGHUP)
             assert not stop.is_requested
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
+            send(signal.SIGTERM)
+            send(signal.SIGINT)
             assert stop.number == signal.SIGTERM
         return 0
 
@@ -63,7 +65,7 @@ def test_a_signal_is_remembered_whatever_became_of_standard_error(number, kind):
         if kind == "closed":
             os.close(2)
         with Stop() as stop:
-            os.kill(os.getpid(), number)
+            send(number)
             return 0 if stop.is_requested else 3
 
     assert in_a_process(body) == 0
@@ -71,7 +73,7 @@ def test_a_signal_is_remembered_whatever_became_of_standard_error(number, kind):
 
 def test_a_signal_just_before_a_wait_ends_it():
     with Stop(), pytest.raises(Stopped, match="SIGTERM"):
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGTERM)
         with waiting():
             pytest.fail("it waits")
 
@@ -80,8 +82,8 @@ def test_torchrun_hands_a_signal_on_and_is_killed(monkeypatch):
     monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
     with Stop() as stop:
         assert not stop.is_requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
             stop.check(stop.is_requested)
     monkeypatch.setattr(distributed, "PARENT", -1)
