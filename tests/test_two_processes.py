@@ -7,6 +7,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import imagenet
+import models
 from benchmarks.gpu import run_of
 from models.layers import Conv2d
 from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, copy_folder, run_command
@@ -218,6 +220,28 @@ def test_one_reduction_for_an_optimizer_step():
         return reduced
 
     assert in_two(body) == 2 * [[192 * 5 + 5]]
+
+
+def test_the_processes_of_a_run_drop_different_features(images, tmp_path):
+    def body(rank):
+        dropped, create = [], models.create
+
+        def note(module, inputs, output):
+            if module.training and not output.is_meta:
+                dropped.append((inputs[0] == 0).tolist())
+
+        def recording(*words, **options):
+            model = create(*words, **options)
+            model.fc.register_forward_hook(note)
+            return model
+
+        with mock.patch.object(models, "create", recording):
+            assert run_command(*EXCITED, "-d", images, "--drop", 0.5, "--epochs", 1, "-c", tmp_path / "run") == 0
+        return dropped
+
+    one, other = in_two(body, meets=False)
+    assert len(one) == len(other) == 3
+    assert not any(mine == theirs for mine in one for theirs in other)
 
 
 def test_each_process_and_step_has_a_dropout_of_its_own(monkeypatch):

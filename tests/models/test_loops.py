@@ -14,6 +14,8 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -277,6 +279,13 @@ def test_options_of_ddp_that_cant_work_are_refused(group, option):
     assert model.module[0].excited is None
 
 
+def test_fsdp_is_refused(group):
+    """By the class that fully_shard() gives a module in place of its own."""
+    model = fully_shard(network(), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="FSDP"), excited_once(model):
+        pass
+
+
 def test_ddp_gives_the_same_gradients(group, formulation):
     model = network(formulation)
     reference, batches, wrapped = twin(model), images(4).split(2), DistributedDataParallel(model)
@@ -477,6 +486,18 @@ def test_a_step_inside_is_refused_whichever_group_has_the_weights():
     with pytest.raises(RuntimeError, match="steps inside"), excited_once(model):
         loss(model, images()).backward()
         optimizer.step()
+
+
+def test_biases_may_be_stepped_inside():
+    """Nothing of the excitation depends on them."""
+    model = network()
+    biases = [conv.bias for conv in model.modules() if isinstance(conv, Conv2d)]
+    before = [bias.clone() for bias in biases]
+    optimizer = torch.optim.SGD(biases, 0.1)
+    with excited_once(model):
+        loss(model, images()).backward()
+        optimizer.step()
+    assert not any(map(torch.equal, before, biases))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import models
+from models.layers import Conv2d
 from tests.helpers import tiny_checkpoint
 from utils import checkpoint
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, initialize, load, load_weights, serialize, versions
@@ -114,6 +115,19 @@ def test_weights_of_others_give_their_logits(tmp_path, kind):
     assert torch.equal(ours.eval()(images), theirs.float().eval()(images))
     # Both name the last epoch.
     assert saved["epoch"] == (5 if kind in ("torchvision", "timm") else 0)
+
+
+def test_gates_of_public_code(tmp_path):
+    """They are 1 x 1 convolutions of the layer itself; their momenta don't fit, and are left out."""
+    layer, ours = (Conv2d(32, 4, 3, formulation="paper") for _ in range(2))
+    theirs = {name.replace("gate.", ""): value for name, value in layer.state_dict().items()}
+    theirs |= {name: theirs[name][..., None, None] for name in ("fc1.weight", "fc2.weight")}
+    state = {f"conv.{name}": value for name, value in theirs.items()}
+    torch.save({"state_dict": state, "optimizer": optimizer_of(network()).state_dict()}, tmp_path / "file")
+    saved = load(tmp_path / "file")
+    assert "optimizer" in saved["missing"]
+    load_weights(model := nn.ModuleDict({"conv": ours}), saved)
+    assert all(torch.equal(value, layer.state_dict()[name]) for name, value in model["conv"].state_dict().items())
 
 
 @pytest.mark.parametrize("is_old", [True, False])
