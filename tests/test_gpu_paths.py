@@ -323,7 +323,7 @@ def test_late_reads_skip_the_same_steps():
     ended = []
     for around in (contextlib.nullcontext, late):
         run, skipped = run_of(network(), "--amp fp16", CPU[:1]), []
-        run.data = SimpleNamespace(classes=[], digests={"train": ""})
+        run.data = SimpleNamespace(classes=[], digests={"train": "", "val": ""})
         run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
         assert not any(momentum.any() for momentum in state(run)[-len(list(run.model.parameters())) :])
         with around() as events:

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -212,7 +213,7 @@ def what_fails(minutes: int, *words: str) -> str | None:
 
 
 def in_a_fork(body: Callable[..., int], *arguments: object) -> int:
-    """Returns its process; one that runs a single thread, as this one does, forks safely."""
+    """Returns its process; one of a single thread, such as a process of the pool, forks safely."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -242,12 +243,15 @@ def try_out(fault: Fault, is_near: bool) -> tuple[str | None, float]:
 def measure(faults: list[Fault], jobs: int, is_near: bool) -> None:
     """Gives each the test that notices it."""
     load_packages()
-    with tempfile.TemporaryDirectory() as folder, get_context("fork").Pool(jobs, go_to_a_copy, [folder]) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(jobs, get_context("fork"), go_to_a_copy, (folder,)) as pool,
+    ):
         names = dict.fromkeys(name for fault in faults for name in near_tests(fault.file))
-        failed = pool.apply(what_fails, [ALL_MINUTES, *names])
+        failed = pool.submit(what_fails, ALL_MINUTES, *names).result()
         if failed:
             sys.exit(f"without any fault, a test fails: {failed}")  # nothing can be measured by such tests
-        for fault, (failed, seconds) in zip(faults, pool.imap(partial(try_out, is_near=is_near), faults), strict=True):
+        for fault, (failed, seconds) in zip(faults, pool.map(partial(try_out, is_near=is_near), faults), strict=True):
             fault.test = failed or ""
             print(f"{seconds:4.0f} s  {fault.describe()}\n{'':8}{failed or 'NOBODY NOTICED'}", flush=True)
 
