@@ -31,6 +31,7 @@ from utils.meters import Progress, Reading, Scores
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
+from utils.words import counted
 from utils.workers import Batch
 
 
@@ -107,7 +108,8 @@ def main(argv: list[str]) -> int:
             write(args, saved, create_model(args, saved["classes"], saved))
         return 0
     if saved and not args.evaluate and saved["epoch"] >= args.epochs:
-        print(f"{saved['file']}: this run has finished its {saved['epoch']} epochs; a larger --epochs trains on")
+        done = counted(saved["epoch"], "epoch")
+        print(f"{saved['file']}: this run has finished its {done}; a larger --epochs trains on")
         return 0
 
     if not args.evaluate:
@@ -166,7 +168,7 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
     if args.sync_bn and distributed.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {models.describe(model)}")
-    print(f"Devices: {distributed.describe(devices)}; {args.workers} workers; amp {args.amp}")
+    print(f"Devices: {distributed.describe(devices)}; {counted(args.workers, 'worker')}; amp {args.amp}")
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
@@ -187,7 +189,7 @@ class Run:
         self.log = Logger(options.describe_network(args))
         self.epoch, self.step = args.start_epoch, 0  # finished epochs, and steps of the next; after them, it validates
         self.acc = self.best_acc = -1.0  # validation top-1 in percent; -1 before the first one
-        self.scores = Scores()  # of the unfinished epoch
+        self.scores = Scores(classes=len(data.classes))  # of the unfinished epoch
         self.unread = deque()  # what the last steps measured, and is not in the scores yet
         self.is_stopping = False  # whether any process had a signal at the last step that was read
 
@@ -234,7 +236,7 @@ class Run:
         """Go on from a checkpoint, whose weights the model already has."""
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.acc, self.best_acc = saved["acc"], saved["best_acc"]
-        self.scores, self.log.rows = Scores(saved["sums"]), saved["log"]
+        self.scores, self.log.rows = Scores(saved["sums"], len(self.data.classes)), saved["log"]
         checkpoint.load_optimizer(self.optimizer, saved)
         checkpoint.load_scaler_and_random_state(self.scaler, saved)
         print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
@@ -270,13 +272,14 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         valid = validate(run.model, run.data, run.devices, stop)
         if not math.isfinite(valid.loss):
             raise NotFinite(f"{label}, begun at learning rate {first_lr:g}: the validation loss is {valid.loss}")
-        trained, run.scores = run.scores, Scores()
+        trained, run.scores = run.scores, Scores(classes=len(run.data.classes))
         run.epoch, run.step = run.epoch + 1, 0
         is_best = valid.top1 > run.best_acc
         run.acc, run.best_acc = valid.top1, max(valid.top1, run.best_acc)
         took = run.log.append(first_lr, trained, valid, run.epoch)
         folder.save(run.checkpoint(), run.log, is_best, is_kept=args.keep_freq > 0 and run.epoch % args.keep_freq == 0)
-        print(f"{label}  lr {first_lr:.4g}  train {trained}  valid {valid} {valid.describe_images()}  {took}")
+        over = f" {valid.describe_images()}" if valid.bad_images else ""
+        print(f"{label}  lr {first_lr:.4g}  train {trained}  valid {valid}{over}  {took}")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int, step: int, steps: int) -> float:
@@ -347,7 +350,7 @@ def validate(
         folded.compile()
     network = distributed.over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
     sums = torch.zeros(6, dtype=torch.float64, device=devices[0])  # those of a batch, and processes with a signal
-    shown, reading = Scores(), None
+    shown, reading = Scores(classes=len(data.classes)), None
     progress = Progress("Validate", data.val_batches, args.test_batch, data, shown)
     for batch in progress.track(data.validation()):
         if stop.is_requested:  # the others learn of it by the sums
@@ -364,7 +367,7 @@ def validate(
             sums[4] += batch.bad
     *sums, stopping = distributed.total(sums).tolist()
     stop.check(stopping > 0)
-    scores = Scores([*sums, 0.0])
+    scores = Scores([*sums, 0.0], len(data.classes))
     if scores.images == 0:
         raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
     return scores

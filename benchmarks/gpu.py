@@ -26,6 +26,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -79,7 +80,7 @@ def run_of(model: nn.Module, options: str = "", devices: list[torch.device] | No
     args.start_epoch = 0
     devices = devices or [DEVICE]
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    return imagenet.Run(args, model.to(devices[0], memory_format=layout).train(), None, devices)
+    return imagenet.Run(args, model.to(devices[0], memory_format=layout).train(), SimpleNamespace(classes=[]), devices)
 
 
 def train(run: imagenet.Run, batches: list[Batch], steps: int = 3) -> nn.Module:

@@ -46,7 +46,7 @@ def network(formulation: str = "channel") -> nn.Sequential:
 
 def validate(model: nn.Module, data: list[Batch], devices: list[torch.device], options: str = "") -> Scores:
     args = imagenet.build_parser().parse_args(options.split())
-    source = SimpleNamespace(args=args, validation=lambda: iter(data), val_batches=len(data), waited=0.0)
+    source = SimpleNamespace(args=args, classes=[], validation=lambda: iter(data), val_batches=len(data), waited=0.0)
     return imagenet.validate(model, source, devices, Stop())
 
 

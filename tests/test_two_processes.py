@@ -93,7 +93,7 @@ def test_both_validate_with_the_statistics_that_are_saved(command, images, tmp_p
     words = [*BATCH_NORM, "-d", images, "--epochs", 1, "-c", tmp_path / "run"]
     assert in_two(lambda rank: run_command(*words), meets=False) == [0, 0]
     ended = command("-e", "--resume", tmp_path / "run")
-    assert f"loss {checkpoint(tmp_path / 'run')['log'][-1][2]:.4f}  " in ended.out
+    assert f"loss {checkpoint(tmp_path / 'run')['log'][-1][2]:.4f} " in ended.out
 
 
 def test_one_process_draws_the_demo_for_both(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -13,17 +14,21 @@ import torch
 
 from utils import distributed
 from utils.errors import BadInput, RunFailed
+from utils.words import wrapped
 
 
 class Output:
-    """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run."""
+    """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run.
+
+    On a terminal, lines are broken between words.
+    """
 
     def __init__(self, stream: TextIO):
         self.stream = stream
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
+            self.stream.write(wrapped(text, shutil.get_terminal_size().columns) if self.stream.isatty() else text)
         return len(text)
 
     def flush(self) -> None:

@@ -24,6 +24,7 @@ from utils.figures import Figure, Line2D, colormaps, render
 from utils.files import refuse_existing, write_output
 from utils.logger import LOG, draw_curve, panels, read_log
 from utils.run_folder import COMMAND
+from utils.words import counted
 
 Rows = list[dict[str, float]]
 
@@ -122,7 +123,7 @@ def describe(logs: list[Rows]) -> str:
     lasts = [rows[-1] for rows in logs]
     last, best = (spread([row["Valid Acc."] for row in rows]) for rows in (lasts, bests))
     place = f" after epoch {bests[0]['Epoch']:.0f}" if len(logs) == 1 else " (± standard deviation)"
-    return f"{len(logs[0])} epochs, top-1 {last} %, best {best} %{place}"
+    return f"{counted(len(logs[0]), 'epoch')}, top-1 {last} %, best {best} %{place}"
 
 
 def spread(values: list[float]) -> str:

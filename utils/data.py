@@ -21,6 +21,7 @@ from utils.errors import BadInput, RunFailed
 from utils.folders import ImageFolder, alike, check_same_classes, shuffle
 from utils.images import ignore_warnings
 from utils.signals import held, waiting
+from utils.words import counted
 from utils.workers import (
     PREFETCHED,
     Batch,
@@ -71,7 +72,8 @@ class Data:
             self.folders[TRAIN] = ImageFolder(train, args.image_size, args.seed, args.skip_bad_images)
             check_same_classes(self.folders[TRAIN], self.folders[VAL])
         counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in self.folders.items())
-        print(f"Images: {counts}, {len(self.classes)} classes; listed in {time.monotonic() - start:.1f} s")
+        classes = counted(len(self.classes), "class")
+        print(f"Images: {counts}, {classes}; listed in {time.monotonic() - start:.1f} s")
         self._describe_oddities(saved)
         self.digests = {name: folder.digest() for name, folder in self.folders.items()}
         self.step_images = args.train_batch * args.iter_size
@@ -112,13 +114,14 @@ class Data:
         if saved and saved["step"] and (self.digests[TRAIN] != saved["images"] or saved["step"] > self.steps):
             file = saved["file"]
             raise BadInput(f"--data: {file} is in the middle of an epoch over other images than {args.data} has now")
-        print(f"Each optimizer step: {self.step_images} images ({sizes}); {self.steps} steps an epoch")
+        step = f"{counted(self.step_images, 'image')} ({sizes})"
+        print(f"Each optimizer step: {step}; {counted(self.steps, 'step')} an epoch")
         if rest:
             print(f"Images of each shuffle that make no whole step and wait for another epoch: {rest}")
         rate = 0.1 * self.step_images / 256
         if args.lr > 2 * rate and not args.warmup:
             suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}, or --warmup"
-            print(f"--lr {args.lr:g} is high for steps of {self.step_images} images; {suggested}")
+            print(f"--lr {args.lr:g} is high for steps of {counted(self.step_images, 'image')}; {suggested}")
         if args.schedule and min(args.schedule) >= args.epochs and not args.cosine:
             schedule = " ".join(map(str, args.schedule))
             print(f"The learning rate never drops: none of --schedule {schedule} is within --epochs {args.epochs}")

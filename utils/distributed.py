@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.layers import sent_excited
 from utils.arguments import cores
 from utils.errors import BadInput
+from utils.words import counted
 
 
 def _number(name: str, default: int) -> int:
@@ -52,14 +53,14 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
         return [torch.device("cpu")]
     if PROCESSES > 1:
         if gpus < LOCAL_PROCESSES:
-            raise BadInput(f"torchrun: this machine has {gpus} GPUs; give --nproc-per-node {gpus} at most")
+            raise BadInput(f"torchrun: this machine has {counted(gpus, 'GPU')}; give --nproc-per-node {gpus} at most")
         return [torch.device("cuda", LOCAL_RANK)]
     ids = [int(number) for number in gpu_id.split(",")]
     usable = [index for index in ids if index < gpus]
     if not usable:
         raise BadInput(f"--gpu-id {gpu_id}: none of them is here; this machine has the GPUs 0 to {gpus - 1}")
     if usable != ids:
-        print(f"--gpu-id {gpu_id}: this machine has {gpus} GPUs; using {','.join(map(str, usable))}")
+        print(f"--gpu-id {gpu_id}: this machine has {counted(gpus, 'GPU')}; using {','.join(map(str, usable))}")
     return [torch.device("cuda", index) for index in usable]
 
 
@@ -104,7 +105,7 @@ def describe(devices: list[torch.device]) -> str:
     """The devices in words, for the start-up lines."""
     parts = [f"{PROCESSES} processes, DistributedDataParallel"] if PROCESSES > 1 else []
     if devices[0].type == "cpu":
-        return ", ".join([f"CPU, {torch.get_num_threads()} threads", *parts])
+        return ", ".join([f"CPU, {counted(torch.get_num_threads(), 'thread')}", *parts])
     names = ", ".join(f"{device.index} ({torch.cuda.get_device_name(device)})" for device in devices)
     return ", ".join([f"GPU {names}", *parts, *["DataParallel"] * (len(devices) > 1)])
 

@@ -1,7 +1,10 @@
 """What a run measures: loss and accuracies, and how far and how fast an epoch is."""
 
+import contextlib
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -9,6 +12,8 @@ from typing import Protocol
 import torch
 from progress.bar import Bar
 from torch import Tensor
+
+from utils.words import counted
 
 LINE_SECONDS = 10
 BAR = 12  # columns that a bar takes at least; only the first five parts of a line come before it
@@ -55,10 +60,11 @@ class Scores:
 
     Args:
         sums: those of :func:`batch_sums`, then the number of optimizer steps that were skipped.
+        classes: of at most five, every answer is among the top 5, and nobody needs to be told.
     """
 
-    def __init__(self, sums: list[float] | None = None):
-        self.sums = list(sums or 6 * [0.0])
+    def __init__(self, sums: list[float] | None = None, classes: int = 1000):
+        self.sums, self.has_top5 = list(sums or 6 * [0.0]), classes > 5
 
     def add(self, sums: list[float]) -> None:
         """Add as many sums of later batches."""
@@ -93,12 +99,13 @@ class Scores:
     def describe_images(self) -> str:
         """Over how many images they are, of how many."""
         total = self.images + self.bad_images
-        left_out = f" of {total:,}" if self.bad_images else ""
-        return f"over {self.images:,}{left_out} images" + (", as the others can't be decoded" if left_out else "")
+        count = f"{self.images:,} of {counted(total, 'image')}" if self.bad_images else counted(total, "image")
+        return f"over {count}" + (", as the others can't be decoded" if self.bad_images else "")
 
     def __str__(self) -> str:
-        skipped = f" ({self.skipped_steps} steps skipped: fp16 overflowed)" if self.skipped_steps else ""
-        return f"loss {self.loss:.4f}  top-1 {self.top1:.2f}  top-5 {self.top5:.2f}{skipped}"
+        skipped = f" ({counted(self.skipped_steps, 'step')} skipped: fp16 overflowed)" if self.skipped_steps else ""
+        top5 = f" top-5 {self.top5:.2f}" if self.has_top5 else ""
+        return f"loss {self.loss:.4f} top-1 {self.top1:.2f}{top5}{skipped}"
 
 
 class Waiting(Protocol):
@@ -126,7 +133,7 @@ class Progress:
         self.label, self.steps, self.images, self.later = label, steps, images, later
         self.data, self.scores = data, scores
         self.first = self.done = done
-        self.start = self.last_line = time.monotonic()
+        self.start = self.last_step = self.last_line = time.monotonic()
         self.waited_before = data.waited
         self.bar = None
         if sys.stdout.isatty():
@@ -137,13 +144,32 @@ class Progress:
     def track(self, iterable: Iterable) -> Iterator:
         """Yield the steps; each counts as done when the next one is asked for."""
         try:
-            for step in iterable:
-                yield step
-                self.done += 1
-                self._show()
+            with self._passing_over_pauses():
+                for step in iterable:
+                    yield step
+                    self.done += 1
+                    self.last_step = time.monotonic()
+                    self._show()
         finally:
             if self.bar is not None:
-                self.bar.finish()
+                print("\r\x1b[K", end="", flush=True)  # the line of the whole epoch takes its place
+
+    @contextlib.contextmanager
+    def _passing_over_pauses(self) -> Iterator[None]:
+        """From the last step to the end of a pause, such as by Ctrl-Z, no time counts."""
+
+        def go_on(number: int, frame: object) -> None:
+            self.start += time.monotonic() - self.last_step
+
+        is_main = threading.current_thread() is threading.main_thread()  # which alone may set a handler
+        if not (is_main and hasattr(signal, "SIGCONT")):  # which Windows lacks
+            yield
+            return
+        before = signal.signal(signal.SIGCONT, go_on)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGCONT, before)
 
     def _show(self) -> None:
         if self.bar is not None:
@@ -176,7 +202,7 @@ class Progress:
             f"loss {scores.loss:.4f}",
             f"top-1 {scores.top1:.2f}",
             f"{self.images / max(step, 1e-9):.0f} img/s",
-            f"top-5 {scores.top5:.2f}",
+            *([f"top-5 {scores.top5:.2f}"] if scores.has_top5 else []),
             f"data {data:.3f}s",
             f"step {step:.3f}s",
             f"elapsed {clock(seconds)}",

@@ -1,11 +1,27 @@
 """How a command ends: one line, and an exit status."""
 
+import io
+import os
+import shutil
+
 import pytest
 import torch
 
 from utils import distributed
-from utils.command import run
+from utils.command import Output, run
 from utils.errors import BadInput, RunFailed
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_lines_are_broken_on_a_terminal_alone(monkeypatch, is_terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    print("a line of five words or more", file=Output(stream))
+    assert stream.getvalue() == (
+        "a line of five words\n  or more\n" if is_terminal else "a line of five words or more\n"
+    )
+
 
 FAILURES = [(BadInput("--lr: two\nlines"), 2, "--lr: two lines"), (RunFailed("a reason"), 1, "a reason"),
     (KeyboardInterrupt(), 130, "nothing was written"), (OSError(), 1, "OSError"), (OSError("a\n\nlast"), 1, ": last"),

@@ -190,7 +190,7 @@ def test_other_images_only_at_the_end_of_an_epoch(images):
     ("--schedule 2 5", "never drops: none of --schedule 2 5 is within --epochs 2\n", ""),
     ("--schedule 1 5", "", "never drops"), ("--schedule 2 --cosine", "", "never drops"),
     ("--train-batch 5", "wait for another epoch: 3\n", ""),
-    ("--train-batch 13", "; 1 steps an epoch\n", "wait for another"),
+    ("--train-batch 13", "; 1 step an epoch\n", "wait for another"),
 ])  # fmt: skip
 def test_what_is_told_of_the_steps(images, capsys, words, told, not_told):
     data(images, *words.split())

@@ -143,12 +143,12 @@ def test_runs_are_named_by_what_differs(compare, tmp_path):
     runs += [log(tmp_path / "b", 3, command.format("none", 1, "b")), log(tmp_path / "c", 2)]
     assert compare(*runs) == (
         0,
-        "a1 (excitation we, seed 1): 1 epochs, top-1 31.00 %, best 31.00 % after epoch 1\n"
+        "a1 (excitation we, seed 1): 1 epoch, top-1 31.00 %, best 31.00 % after epoch 1\n"
         "a2 (excitation we, seed 2): 2 epochs, top-1 32.00 %, best 32.00 % after epoch 2\n"
         "a4 (excitation we, seed 4): 4 epochs, top-1 31.00 %, best 32.00 % after epoch 2\n"
         "b (excitation none, seed 1): 3 epochs, top-1 30.00 %, best 32.00 % after epoch 2\n"
         "c: 2 epochs, top-1 32.00 %, best 32.00 % after epoch 2\n"
-        "excitation we, mean of 3 runs: 1 epochs, top-1 31.00 ± 0.00 %, best 31.00 ± 0.00 % (± standard deviation)\n",
+        "excitation we, mean of 3 runs: 1 epoch, top-1 31.00 ± 0.00 %, best 31.00 ± 0.00 % (± standard deviation)\n",
         "",
     )
     resumed = [command.format("we", 2, "a") + " --start-epoch=0", command.format("we", 2, "a") + " --resume=a"]

@@ -3,12 +3,14 @@
 import io
 import itertools
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.helpers import send
 from utils import meters
 from utils.meters import Progress, Scores, batch_sums
 
@@ -31,7 +33,9 @@ def test_scores_are_means_over_images():
     scores.add([6.0, 1, 2, 3, 1, 2])
     scores.add([2.0, 1, 1, 1, 0, 0])
     assert (scores.loss, scores.top1, scores.top5, scores.images, scores.bad_images) == (2, 50, 75, 4, 1)
-    assert str(scores) == "loss 2.0000  top-1 50.00  top-5 75.00 (2 steps skipped: fp16 overflowed)"
+    assert str(scores) == "loss 2.0000 top-1 50.00 top-5 75.00 (2 steps skipped: fp16 overflowed)"
+    assert str(Scores([8.0, 2, 4, 4, 0, 1], classes=5)) == "loss 2.0000 top-1 50.00 (1 step skipped: fp16 overflowed)"
+    assert "top-5" in str(Scores(classes=6))
     assert "4 of 5 images" in scores.describe_images()
 
 
@@ -50,6 +54,23 @@ def test_a_line_only_every_ten_seconds(monkeypatch, capsys):
     assert lines[0] == f"{expected}  step 1.000s  elapsed 0:10"
 
 
+def test_a_pause_does_not_count(monkeypatch):
+    """After three seconds of the fifth step, an hour by Ctrl-Z: of the step, what follows counts."""
+    now, data = [0.0], SimpleNamespace(waited=0.0)
+    monkeypatch.setattr(meters.time, "monotonic", lambda: now[0])
+    progress = Progress("label", 11, 32, data, Scores([60.0, 10, 20, 30, 0, 0], classes=2))
+    for step in progress.track(range(11)):
+        now[0] += 2
+        if step == 4:
+            now[0] += 3600
+            send(signal.SIGCONT)
+            now[0] += 2
+        if step == 10:
+            shown = "10/11, ETA 0:02, loss 2.0000, top-1 33.33, 15 img/s, data 0.000s, step 2.200s, elapsed 0:22"
+            assert ", ".join(progress.parts()) == shown
+    assert signal.getsignal(signal.SIGCONT) == signal.SIG_DFL
+
+
 @pytest.mark.parametrize("columns", [20, 40, 80, 120])
 def test_a_bar_leaves_out_what_matters_least(monkeypatch, columns):
     monkeypatch.setattr(meters.sys, "stdout", terminal := io.StringIO())
@@ -59,9 +80,9 @@ def test_a_bar_leaves_out_what_matters_least(monkeypatch, columns):
     scores, data = Scores([60.0, 10, 20, 30, 0, 0]), SimpleNamespace(waited=0.0)
     progress = Progress("Epoch 12/90", 5004, 256, data, scores, done=9, later=78)
     list(progress.track([0]))
-    assert terminal.getvalue().endswith("\n")
-    line = terminal.getvalue().strip().split("\r")[-1].rstrip("\n")
-    assert len(line) < columns
+    *_, line, end = terminal.getvalue().split("\r")
+    assert end == "\x1b[K"  # the line is free for what follows
+    assert len(line.rstrip()) < columns
     shown = [name in line for name in ("10/5004", "ETA", "loss", "top-1", "img/s", "top-5")]
     assert shown == sorted(shown, reverse=True)
     assert "img/s" in line or columns < 80

@@ -1,0 +1,42 @@
+"""What is printed: counts, and lines that are longer than a terminal is wide."""
+
+import re
+import textwrap
+
+# A word of a command or of code: what is quoted in it belongs together.
+WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|\S)+")
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``, ``2 classes``."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def wrapped(text: str, columns: int) -> str:
+    """Break lines that are too long between words, as a terminal breaks them anywhere.
+
+    One that begins with two blanks is a command: it goes on behind a backslash, as a shell reads it. What moves the
+    cursor, such as a bar, is left as it is.
+    """
+    if "\r" in text or "\x1b" in text:
+        return text
+    return "\n".join(_broken(line, columns) if len(line) > columns else line for line in text.split("\n"))
+
+
+def _broken(line: str, columns: int) -> str:
+    if not line.startswith("  "):
+        first, *others = line.split("  ")  # what belongs together stays so, where there is room for it
+        lines = [first]
+        for part in others:
+            if len(lines[-1]) + 2 + len(part) > columns:
+                lines.append("")
+            lines[-1] += f"  {part}"
+        options = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join("\n".join(textwrap.wrap(each, columns, **options)) for each in lines)
+    lines = [" "]
+    for word in WORD.findall(line):
+        if len(lines[-1]) + 1 + len(word) + 2 > columns and lines[-1].strip():
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return " \\\n".join(lines)
