@@ -66,7 +66,7 @@ def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
     assert checkpoint(run, BEST)["acc"] == saved["best_acc"]
     assert checkpoint(run, kept)["epoch"] == 2
     line = command("-e", "--resume", run, "-j", 0).out.splitlines()[-1]
-    assert f"loss {saved['log'][-1][2]:.4f}  top-1 {saved['acc']:.2f}" in line
+    assert f"loss {saved['log'][-1][2]:.4f} top-1 {saved['acc']:.2f}" in line
     assert line.endswith("over 7 images")
     assert "finished its 3 epochs" in command("--resume", run).out
     assert contents(run) == before
