@@ -113,7 +113,7 @@ def test_the_demo(command, tmp_path, monkeypatch):
     assert len(os.listdir("data/demo/train")) == 10
     assert os.listdir("data") == ["demo"]
     assert_refused(command(*words), "--resume checkpoints/demo", "--overwrite")
-    assert "finished its 1 epochs" in command("--demo", "--resume", "checkpoints/demo", "--epochs", 1).out
+    assert "finished its 1 epoch;" in command("--demo", "--resume", "checkpoints/demo", "--epochs", 1).out
 
 
 # --- weights from elsewhere, and for elsewhere
