@@ -34,6 +34,7 @@ def test_excitation(rows):
     assert all(float(row[1]) > 0 for row in table[1:])
 
 
+@pytest.mark.slow
 def test_gpu(rows, monkeypatch):
     monkeypatch.setattr(gpu, "ARCH", "l_resnet18")
     words = ["--micro-batch", 2, "--steps", 1, "--seconds", 0]
@@ -50,6 +51,7 @@ def test_checks_of_a_gpu(capsys):
     assert all(line.startswith("ok ") for line in lines)
 
 
+@pytest.mark.slow
 def test_training_from_files(rows, monkeypatch):
     monkeypatch.setattr(gpu, "ARCH", "l_tiny")
     monkeypatch.setattr(pipeline, "IMAGES", 8)

@@ -134,7 +134,7 @@ def test_workers_leave_signals_to_the_run(command, images, tmp_path):
             signalled.append(worker)
 
     with changed_logits(signal_workers):
-        ended = command(*EXCITED, "-d", images, "--epochs", 9, "-j", 1, "-c", tmp_path / "run")
+        ended = command(*EXCITED, "-d", images, "--epochs", 2, "-j", 1, "-c", tmp_path / "run")
     assert ended.status == 0, ended.err
     assert len(signalled) == 1
 
