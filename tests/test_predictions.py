@@ -1,6 +1,7 @@
 """-e --predictions: a row for each validation image."""
 
 import csv
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def test_a_wrong_guess_is_never_of_the_first_rank(tmp_path):
         predictions.add(Batch(logits, torch.tensor([index]), 0, [], indices=[index]), logits)
     predictions.report(tmp_path / "rows.tsv")
     assert sorted((row[1] == row[2], row[4]) for row in table(tmp_path / "rows.tsv")[1:]) == [(False, "2"), (True, "1")]
+
+
+def test_a_name_that_is_no_text_is_written_as_it_is(tmp_path):
+    data = Namespace(classes=["a"], folders={"val": Namespace(path=lambda index: os.fsdecode(b"\xff.jpg"))})
+    predictions, logits = Predictions(data), torch.ones(1, 1)
+    predictions.add(Batch(logits, torch.tensor([0]), 0, [], indices=[0]), logits)
+    predictions.report(tmp_path / "rows.tsv")
+    assert (tmp_path / "rows.tsv").read_bytes().splitlines()[1].startswith(b"\xff.jpg\ta\t")
 
 
 def test_ranks_and_the_worst_of_many_classes(tmp_path, capsys):
