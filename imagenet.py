@@ -249,16 +249,14 @@ class Run:
         size = saved["options"].get("image_size", self.args.image_size)
         is_other = saved["val_images"] not in ("", self.data.digests["val"]) or size != self.args.image_size
         if is_other and self.best_acc >= 0:
-            print(
-                f"Its best top-1, {self.best_acc:.2f} %, is of other validation images or sizes: the best begins anew"
-            )
+            best = f"{self.best_acc:.2f} %"
+            print(f"Its best top-1, {best}, is of other validation images or sizes: the best begins anew")
             self.best_acc = -1.0
 
     def leave(self) -> None:
         """Part from the other processes, after the last step."""
-        del (
-            self.network
-        )  # in torch 2.8, a process group may hang if it ends with DistributedDataParallel, after leaving
+        # Held by DistributedDataParallel, a process group ends only after leaving, where it may hang in torch 2.8.
+        del self.network
         distributed.leave()
 
 
