@@ -65,7 +65,7 @@ def test_every_file_has_tests_and_every_test_is_there():
     """Those that TESTS names; and each file of the product has faults."""
     assert all((ROOT / "tests" / name).exists() for names in TESTS.values() for name in names.split())
     files = {fault.file for fault in FAULTS}
-    assert all(near_tests(file) for file in files)
+    assert all(near_tests(file, ROOT) for file in files)
     product = [
         Path("imagenet.py"),
         *(path.relative_to(ROOT) for part in ("models", "utils") for path in (ROOT / part).rglob("*.py")),

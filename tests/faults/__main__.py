@@ -165,12 +165,12 @@ def copy_of_the_project(folder: Path) -> Path:
     return folder
 
 
-def near_tests(file: str) -> list[str]:
-    """The files of tests that belong to a file, the nearest first."""
-    tests, place = ROOT / "tests", f"{Path(file).parent}/"
+def near_tests(file: str, root: Path) -> list[str]:
+    """The files of tests in a copy of the project that belong to a file, the nearest first."""
+    tests, place = root / "tests", f"{Path(file).parent}/"
     near = [tests / name for name in (TESTS.get(file) or f"{place}test_{Path(file).name} {TESTS[place]}").split()]
     files = [part for path in near for part in (sorted(path.rglob("test_*.py")) if path.is_dir() else [path])]
-    return [str(path.relative_to(ROOT)) for path in dict.fromkeys(files) if path.exists()]
+    return [str(path.relative_to(root)) for path in dict.fromkeys(files) if path.exists()]
 
 
 def load_packages() -> None:
@@ -207,6 +207,9 @@ def what_fails(minutes: int, *words: str) -> str | None:
             os.killpg(child, signal.SIGKILL)  # what the tests have started
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
+    refused = [line for line in lines if line.startswith("ERROR: ")]
+    if refused:
+        raise RuntimeError(refused[0])  # of the words, such as the name of a test that isn't there
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     unusual = f"no end in {minutes} minutes" if status == -signal.SIGALRM else f"pytest ended with status {status}"
     return (failed or [unusual])[0] if status else None
@@ -231,7 +234,7 @@ def go_to_a_copy(folder: str) -> None:
 
 def try_out(fault: Fault, is_near: bool) -> tuple[str | None, float]:
     """Put it into the copy of the project that is the current folder; the test that notices it, and the seconds."""
-    begin, near = time.monotonic(), near_tests(fault.file)
+    begin, near = time.monotonic(), near_tests(fault.file, Path.cwd())
     with fault.put_in(Path.cwd()):
         failed = fault.test and what_fails(NEAR_MINUTES, fault.test)
         failed = failed or what_fails(NEAR_MINUTES, *near)
@@ -247,7 +250,7 @@ def measure(faults: list[Fault], jobs: int, is_near: bool) -> None:
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(jobs, get_context("fork"), go_to_a_copy, (folder,)) as pool,
     ):
-        names = dict.fromkeys(name for fault in faults for name in near_tests(fault.file))
+        names = dict.fromkeys(name for fault in faults for name in near_tests(fault.file, ROOT))
         failed = pool.submit(what_fails, ALL_MINUTES, *names).result()
         if failed:
             sys.exit(f"without any fault, a test fails: {failed}")  # nothing can be measured by such tests
