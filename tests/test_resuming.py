@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 from tests.helpers import (
     BATCH_NORM,
     EXCITED,
@@ -83,6 +84,22 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert resumed.status == 0
     assert f"at epoch {epoch + 1}/2, step {step}/{steps}" in resumed.out
     assert_same_run(tmp_path / "whole", run)
+
+
+def test_a_validation_ends_at_a_signal(command, images, tmp_path, monkeypatch, stop_after):
+    """After the batch in which it came, the first of three."""
+    passes, create = [], models.create
+
+    def recording(*words, **options):
+        model = create(*words, **options)
+        model.register_forward_hook(lambda module, inputs, logits: passes.append((module.training, logits.is_meta)))
+        return model
+
+    monkeypatch.setattr(models, "create", recording)
+    stop_after(4)
+    assert command(*EXCITED, "-d", images, "--epochs", 2, "-c", tmp_path / "run").status == 143
+    assert passes.count((True, False)) == 3
+    assert passes.count((False, False)) == 1
 
 
 @pytest.mark.parametrize("wait", [1, 3, 5, 9])  # of 2 steps of three micro-batches, and 3 batches of validation
