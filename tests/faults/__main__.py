@@ -208,8 +208,9 @@ def what_fails(minutes: int, *words: str) -> str | None:
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
     refused = [line for line in lines if line.startswith("ERROR: ")]
-    if refused:
-        raise RuntimeError(refused[0])  # of the words, such as the name of a test that isn't there
+    # Such as the name of a test that isn't there, or is slow.
+    if refused or status == pytest.ExitCode.NO_TESTS_COLLECTED:
+        raise RuntimeError(f"{words}: {''.join(refused[:1]) or 'no test'}")
     failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     unusual = f"no end in {minutes} minutes" if status == -signal.SIGALRM else f"pytest ended with status {status}"
     return (failed or [unusual])[0] if status else None

@@ -3,12 +3,14 @@
 import io
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 
+from tests.helpers import in_a_process
 from utils import distributed
-from utils.command import Output, run
+from utils.command import Output, run, script
 from utils.errors import BadInput, RunFailed
 
 
@@ -21,6 +23,22 @@ def test_lines_are_broken_on_a_terminal_alone(monkeypatch, is_terminal):
     assert stream.getvalue() == (
         "a line of five words\n  or more\n" if is_terminal else "a line of five words or more\n"
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_speaks_for_all(monkeypatch, tmp_path, rank):
+    monkeypatch.setattr(distributed, "RANK", rank)
+
+    def body() -> int:
+        os.dup2(os.open(tmp_path / "said", os.O_WRONLY | os.O_CREAT), 1)
+        sys.stdout = os.fdopen(1, "w")
+        try:
+            script(lambda argv: print("a line") or 3, "script.py")
+        except SystemExit as end:
+            return end.code
+
+    assert in_a_process(body) == 3
+    assert (tmp_path / "said").read_text() == ("" if rank else "a line\n")
 
 
 FAILURES = [(BadInput("--lr: two\nlines"), 2, "--lr: two lines"), (RunFailed("a reason"), 1, "a reason"),
