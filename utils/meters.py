@@ -4,7 +4,6 @@ import contextlib
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -13,6 +12,7 @@ import torch
 from progress.bar import Bar
 from torch import Tensor
 
+from utils.signals import may_handle
 from utils.words import counted
 
 LINE_SECONDS = 10
@@ -161,8 +161,7 @@ class Progress:
         def go_on(number: int, frame: object) -> None:
             self.start += time.monotonic() - self.last_step
 
-        is_main = threading.current_thread() is threading.main_thread()  # which alone may set a handler
-        if not (is_main and hasattr(signal, "SIGCONT")):  # which Windows lacks
+        if not may_handle("SIGCONT"):
             yield
             return
         before = signal.signal(signal.SIGCONT, go_on)

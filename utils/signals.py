@@ -14,6 +14,11 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP",
 ECHO_SECONDS = 2  # within which another signal is the same wish
 
 
+def may_handle(name: str) -> bool:
+    """Whether a handler can be set: of a signal that this system has, and in the main thread, which alone may."""
+    return hasattr(signal, name) and threading.current_thread() is threading.main_thread()
+
+
 class Stopped(Exception):
     """A signal has ended the run; a step that it cuts short counts as not begun."""
 
@@ -31,8 +36,7 @@ class Stop:
         self.number, self.time, self.is_waiting = 0, 0.0, False
 
     def __enter__(self) -> "Stop":
-        is_main = threading.current_thread() is threading.main_thread()  # which alone may set handlers
-        self.before = {number: signal.getsignal(number) for number in ENDING} if is_main else {}
+        self.before = {number: signal.getsignal(number) for number in ENDING if may_handle(signal.Signals(number).name)}
         for number, handler in self.before.items():
             if handler != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._handle)

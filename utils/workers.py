@@ -21,7 +21,7 @@ from utils import distributed
 from utils.errors import RunFailed
 from utils.folders import ImageFolder, Sample
 from utils.images import ignore_warnings
-from utils.signals import ignore_in_worker
+from utils.signals import ignore_in_worker, may_handle
 
 PREFETCHED = 2  # batches of a worker
 
@@ -128,8 +128,7 @@ def _has_lost_worker() -> bool:
 
 def _ignore_deaths() -> None:
     """From here on, let the loader's handler of a worker's death raise no error, in the middle of whatever."""
-    is_main = threading.current_thread() is threading.main_thread()  # which alone may set a handler
-    if is_main and hasattr(signal, "SIGCHLD"):  # which Windows lacks
+    if may_handle("SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
