@@ -276,6 +276,7 @@ def test_what_is_told_of_options_that_change(command, images, tmp_path, stop_aft
     before = contents(run)
     refused = command("--resume", run, "--epochs", 1)
     assert_refused(refused, f"--epochs 1: {run / LAST} has done 1 of 3; nothing is left")
+    assert command("-e", "--resume", run, "--epochs", 1).status == 0  # which trains nothing
     assert contents(run) == before
     shorter = command("--resume", run, "--epochs", 2)
     assert "Changed: --epochs 3 -> 2; the learning rate goes on at 0.0002\n" in shorter.out

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import random
+import runpy
 import shlex
 import shutil
 import unicodedata
@@ -22,7 +23,7 @@ from torchvision.transforms import v2
 
 import imagenet
 from tests.formats import FORMATS
-from tests.helpers import draw_folder
+from tests.helpers import ROOT, draw_folder
 from utils.data import TRAIN, VAL, Data
 from utils.errors import BadInput, RunFailed
 from utils.folders import ImageFolder, shuffle
@@ -85,6 +86,12 @@ def test_every_format_that_can_be_decoded_is_listed(tmp_path):
     for name in FORMATS:
         (tmp_path / "a" / name).touch()
     assert sorted(paths(ImageFolder(tmp_path, 32))) == sorted(f"{tmp_path}/a/{name}" for name in FORMATS)
+
+
+def test_avif_is_no_image_where_pillow_can_not_read_it(monkeypatch):
+    for known in ({}, {".avif": "AVIF"}):
+        monkeypatch.setattr(Image, "registered_extensions", lambda known=known: known)
+        assert (b".avif" in runpy.run_path(str(ROOT / "utils" / "folders.py"))["EXTENSIONS"]) is bool(known)
 
 
 def test_folders_at_any_depth_are_listed_as_torchvision_lists_them(tmp_path):

@@ -40,7 +40,7 @@ def test_devices(machine, monkeypatch, capsys):
     assert choose_devices("0") == [torch.device("cuda", 3)]
     machine(2)
     assert choose_devices("0,1,2,3") == [torch.device("cuda", 0), torch.device("cuda", 1)]
-    assert "using 0,1" in capsys.readouterr().out
+    assert "--gpu-id 0,1,2,3: this machine has 2 GPUs; using 0,1\n" in capsys.readouterr().out
 
 
 def test_what_can_not_be_had(machine, monkeypatch):
