@@ -1,6 +1,7 @@
 """What the processes of tests/test_torchrun.py run: imagenet.py with l_tiny and a change, or a count of bytes."""
 
 import os
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -54,11 +55,12 @@ def count_bytes(*iter_sizes: int) -> int:
         future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
         return future.then(lambda done: done.value()[0] / dist.get_world_size())
 
+    data = SimpleNamespace(classes=["a", "b", "c"])
     batch = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1]), 0, [])
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for iter_size in iter_sizes:
         args = imagenet.build_parser().parse_args(["--iter-size", str(iter_size)])
-        run = imagenet.Run(args, model, None, [torch.device("cpu")])
+        run = imagenet.Run(args, model, data, [torch.device("cpu")])
         run.network.register_comm_hook(None, hook)
         for _ in range(2):
             reduced.clear()
