@@ -26,6 +26,7 @@ def test_memory(rows, monkeypatch):
     assert rows(memory.main, "--image-size", 224)[1:] == [["`l_resnet18`", "11.7", "0.2", "0.2", "21"]]
 
 
+@pytest.mark.slow
 def test_excitation(rows):
     words = "-a l_resnet18 --image-size 32 --micro-batch 2 --iter-size 2 --seconds 0"
     header, *table = rows(excitation.main, *words.split())

@@ -243,6 +243,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_workers_of_a_run_on_a_gpu_outlive_a_signal_and_end_with_the_main_process(images):
     with started("-d", images, *SIZES, "-j", 1, "--epochs", 1, program=("-W", "ignore", "-c", KILLED)) as process:
         assert "left: (0, 0) None\n" in process.stdout

@@ -159,7 +159,7 @@ NETWORKS = {
     "l_resnext50": {"cardinality": 8, "stem": "small"},
     "inception_v3": {"excitation": "lwe", "image_size": 96},
 }
-LARGE = ("l_resnext50", "inception_v3")
+LARGE = ("l_resnet50", "l_resnext50", "inception_v3")
 
 
 @pytest.mark.parametrize("arch", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in NETWORKS])

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import imagenet
 import models
-from tests.helpers import EXCITED, assert_same_run, checkpoint
+from tests.helpers import EXCITED, checkpoint
 from utils.checkpoint import LAST
 from utils.classifier import classify
 from utils.logger import read_log
@@ -46,22 +47,28 @@ def rates() -> Iterator[list[list[float]]]:
     hook.remove()
 
 
-@pytest.mark.parametrize("options", SCHEDULES)
-def test_the_rate_of_each_step_across_a_resumption(command, images, tmp_path, rates, stop_after, options):
-    words = [*EXCITED, "-d", images, "--epochs", EPOCHS, *options.split(), "--lr", 0.004, "--decay", "weights"]
-    assert command(*words, "-c", tmp_path / "whole").status == 0
+def assert_rates(options: str, seen: list[list[float]], run: Path) -> None:
+    """Of every step, and in the log of each epoch's first one."""
     expected = [0.004 * factor for factor in SCHEDULES[options]]
-    assert rates == [[pytest.approx(rate, rel=1e-12)] * 2 for rate in expected]
-    rows = read_log(tmp_path / "whole" / "log.txt")
+    assert seen == [[pytest.approx(rate, rel=1e-12)] * 2 for rate in expected]
+    rows = read_log(run / "log.txt")
     assert [row["Learning Rate"] for row in rows] == [pytest.approx(rate, rel=1e-5) for rate in expected[::STEPS]]
-    if "--warmup" not in options:
-        return
-    rates.clear()
+
+
+@pytest.mark.parametrize("options", SCHEDULES)
+def test_the_rate_of_each_step(command, images, tmp_path, rates, options):
+    words = [*EXCITED, "-d", images, "--epochs", EPOCHS, *options.split(), "--lr", 0.004, "--decay", "weights"]
+    assert command(*words, "-c", tmp_path).status == 0
+    assert_rates(options, rates, tmp_path)
+
+
+def test_the_rate_of_each_step_across_a_resumption(command, images, tmp_path, rates, stop_after):
+    options = "--cosine --warmup 2"
+    words = [*EXCITED, "-d", images, "--epochs", EPOCHS, *options.split(), "--lr", 0.004, "--decay", "weights"]
     stop_after(2)
-    assert command(*words, "-c", tmp_path / "parts").status == 128 + signal.SIGTERM
-    assert command("--resume", tmp_path / "parts").status == 0
-    assert rates == [[pytest.approx(rate, rel=1e-12)] * 2 for rate in expected]
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert command(*words, "-c", tmp_path).status == 128 + signal.SIGTERM
+    assert command("--resume", tmp_path).status == 0
+    assert_rates(options, rates, tmp_path)
 
 
 def test_schedules_that_are_refused(command, images):
