@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import imagenet
 from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, assert_fails, changed_logits, run_command
@@ -106,6 +107,9 @@ def test_main_in_python(images, tmp_path):
     thread.start()
     thread.join(PATIENCE)
     assert statuses == [0, 0]
+    for name in ("here", "in a thread"):
+        with Image.open(tmp_path / name / "log.png") as picture:
+            assert len(picture.convert("L").getcolors()) > 100  # drawn, and not blank
     with changed_logits(lambda logits: 1 / 0), pytest.raises(ZeroDivisionError):
         call("fails")
     for worker in {*multiprocessing.active_children()} - {*before}:

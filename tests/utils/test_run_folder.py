@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,10 @@ def fail_at(monkeypatch, at: int, dies: bool) -> list[str]:
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_fault_at_each_system_call(tmp_path, monkeypatch, first, dies):
     """Of a run's first save into another's folder, or of a later save."""
+    with RunFolder(tmp_path / "before") as run:
+        assert save(run, 1) and save(run, 2)
     for at in range(1, 1000):
-        folder = tmp_path / f"{at}"
-        with RunFolder(folder) as run:
-            assert save(run, 1) and save(run, 2)
+        folder = shutil.copytree(tmp_path / "before", tmp_path / f"{at}")
 
         def body(at=at, folder=folder):
             run = RunFolder(folder, overwrite=True) if first else resumed(folder)
