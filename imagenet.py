@@ -225,6 +225,7 @@ class Run:
             "best_acc": self.best_acc,
             "acc": self.acc,
             "sums": self.scores.sums,
+            "seconds": self.scores.seconds,
             "log": self.log.rows,
             "images": self.data.digests["train"],
             "val_images": self.data.digests["val"],
@@ -236,7 +237,7 @@ class Run:
         """Go on from a checkpoint, whose weights the model already has."""
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.acc, self.best_acc = saved["acc"], saved["best_acc"]
-        self.scores, self.log.rows = Scores(saved["sums"], len(self.data.classes)), saved["log"]
+        self.scores, self.log.rows = Scores(saved["sums"], len(self.data.classes), saved["seconds"]), saved["log"]
         checkpoint.load_optimizer(self.optimizer, saved)
         checkpoint.load_scaler_and_random_state(self.scaler, saved)
         print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
@@ -274,7 +275,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         run.epoch, run.step = run.epoch + 1, 0
         is_best = valid.top1 > run.best_acc
         run.acc, run.best_acc = valid.top1, max(valid.top1, run.best_acc)
-        took = run.log.append(first_lr, trained, valid, run.epoch)
+        took = run.log.append(first_lr, trained, valid, run.epoch, distributed.peak_memory(run.devices))
         folder.save(run.checkpoint(), run.log, is_best, is_kept=args.keep_freq > 0 and run.epoch % args.keep_freq == 0)
         over = f" {valid.describe_images()}" if valid.bad_images else ""
         print(f"{label}  lr {first_lr:.4g}  train {trained}  valid {valid}{over}  {took}")
@@ -365,7 +366,7 @@ def validate(
             sums[4] += batch.bad
     *sums, stopping = distributed.total(sums).tolist()
     stop.check(stopping > 0)
-    scores = Scores([*sums, 0.0], len(data.classes))
+    scores = Scores([*sums, 0.0], len(data.classes), shown.seconds)
     if scores.images == 0:
         raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
     return scores

@@ -99,6 +99,12 @@ def test_dataparallel_validates_every_image_and_sends_the_weights_once(gpus):
     assert gpus.scattered == 6 * [torch.uint8]
 
 
+def test_the_peak_of_memory_is_that_of_the_fullest_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: (5, 7, 6)[device.index])
+    assert distributed.peak_memory([torch.device("cuda", index) for index in range(3)]) == 7
+    assert distributed.peak_memory(CPU[:1]) == 0
+
+
 def test_a_part_of_one_image_is_refused_before_training(gpus):
     cases = {(7, 4): 1, (6, 4): 2, (8, 4): 2, (5, 2): 2, (1, 3): 1}
     assert {case: distributed.smallest_part(case[0], CPU[: case[1]]) for case in cases} == cases

@@ -32,6 +32,7 @@ from tests.helpers import (
     copy_folder,
     infinite_gradient,
     run_command,
+    scores,
     send,
     started,
     wait_until,
@@ -243,7 +244,7 @@ def test_a_branch_leaves_its_run_as_it_was(command, run, tmp_path):
     assert "Changed: --epochs 2 -> 3, --lr 0.002 -> 0.001; the learning rate goes on at 0.001\n" in result.out
     assert contents(run) == before
     rows = read_log(branch / "log.txt")
-    assert rows[:2] == read_log(run / "log.txt")
+    assert scores(branch)[:3] == scores(run)
     assert [row["Learning Rate"] for row in rows] == [0.002, 0.002, 0.001]
     assert not (branch / BEST).exists()
 
@@ -296,13 +297,28 @@ def test_a_best_is_of_the_images_that_a_run_validates_on(command, images, run, t
     assert best_of(None)[1] == 100
 
 
+def test_the_seconds_of_an_epoch_are_those_of_all_its_parts(command, images, run, tmp_path, stop_after):
+    """Here a thousand of training before it was stopped, after two of its three steps; then the validation."""
+    stop_after(2)
+    assert command("--resume", run, "--epochs", 3).status == 143
+    saved = checkpoint(run)
+    assert 0 < saved["seconds"] < PATIENCE
+    torch.save(saved | {"seconds": 1000.0}, run / LAST)
+    assert command("--resume", run).status == 0
+    *before, row = read_log(run / "log.txt")
+    assert [0 < row["Seconds"] < PATIENCE for row in before] == [True, True]
+    training = 12 / row["Images/s"]
+    assert 1000 < training < row["Seconds"] < 1000 + PATIENCE
+    assert row["Peak GiB"] == 0 or torch.cuda.is_available()
+
+
 def test_kept_epochs(command, run, tmp_path):
     kept = run / "checkpoint.epoch4.pth.tar"
     assert command("--resume", run, "--epochs", 5, "--keep-freq", 2).status == 0
     assert [path.name for path in run.glob("*epoch*")] == [kept.name]
     # From it the run goes on to the same end, but not over what came after it, unless told.
     assert command("--resume", kept, "-c", tmp_path / "branch").status == 0
-    assert (tmp_path / "branch" / "log.txt").read_text() == (run / "log.txt").read_text()
+    assert scores(tmp_path / "branch") == scores(run)
     assert_refused(command("--resume", kept, "--epochs", 6), f"would replace the later {LAST}")
     assert command("--resume", kept, "--epochs", 6, "--overwrite").status == 0
     assert [row["Epoch"] for row in read_log(run / "log.txt")] == [1, 2, 3, 4, 5, 6]

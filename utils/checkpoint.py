@@ -12,6 +12,7 @@ A checkpoint of this trainer is a dict with
     best_acc     the best validation top-1 so far, percent
     acc          the last one
     sums         the running sums of the unfinished epoch (see utils/meters.py)
+    seconds      for which it has trained so far; 0 in older ones
     log          the rows of log.txt
     images       fingerprint of the training images, to continue the same shuffle
     val_images   fingerprint of the validation images, of which the accuracies are; empty in older ones
@@ -38,7 +39,7 @@ import torchvision
 
 from utils import distributed
 from utils.errors import BadInput, NotFinite
-from utils.logger import COLUMNS
+from utils.logger import COLUMNS, OLD_COLUMNS
 from utils.meters import Scores
 from utils.reading import NotWhole, Opaque, damaged, needs_code, read
 from utils.signals import Stopped
@@ -49,7 +50,7 @@ PREVIOUS = "checkpoint.prev.pth.tar"
 KEPT = "checkpoint.epoch{}.pth.tar"  # of --keep-freq
 KEYS = {
     **dict.fromkeys(("epoch", "step"), int),
-    **dict.fromkeys(("best_acc", "acc"), float),
+    **dict.fromkeys(("best_acc", "acc", "seconds"), float),
     **dict.fromkeys(("arch", "images", "val_images"), str),
     **dict.fromkeys(("classes", "sums", "log"), list),
     **dict.fromkeys(("state_dict", "optimizer", "scaler", "rng", "options", "versions"), dict),
@@ -128,12 +129,14 @@ def load(file: Path) -> dict:
     elif checkpoint["format"] != FORMAT:
         raise BadInput(f"{file} has format {checkpoint['format']}; this version reads format {FORMAT}")
     else:
-        checkpoint.setdefault("val_images", "")
+        for key, value in (("val_images", ""), ("seconds", 0.0)):
+            checkpoint.setdefault(key, value)
         unusable = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
         unusable = unusable or _out_of_bounds(checkpoint)
         if unusable:
             raise damaged(file, f"it has no usable {unusable[0]!r}")
         checkpoint["classes"] = [unicodedata.normalize("NFC", name) for name in checkpoint["classes"]]
+        checkpoint["log"] = [row + [0.0] * (len(COLUMNS) - len(row)) for row in checkpoint["log"]]
         checkpoint["missing"] = []
     state = checkpoint["state_dict"]
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -174,6 +177,7 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "best_acc": -1.0 if best_acc is None else best_acc,
         "acc": -1.0,
         "sums": Scores().sums,
+        "seconds": 0.0,
         "log": [],
         "images": "",
         "val_images": "",
@@ -250,8 +254,10 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "step": checkpoint["step"] >= 0,
         "best_acc": math.isfinite(checkpoint["best_acc"]),
         "acc": math.isfinite(checkpoint["acc"]),
+        "seconds": math.isfinite(checkpoint["seconds"]),
         "sums": floats(sums, len(Scores().sums)) and all(map(math.isfinite, sums)),
-        "log": all(floats(row, len(COLUMNS)) for row in log) and len(log) <= checkpoint["epoch"],
+        "log": len(log) <= checkpoint["epoch"]
+        and any(all(floats(row, len(columns)) for row in log) for columns in (COLUMNS, OLD_COLUMNS)),
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
         "options": checkpoint["options"].get("arch") == checkpoint["arch"],
         "optimizer": _are_finite(state),

@@ -64,6 +64,11 @@ def choose_devices(gpu_id: str) -> list[torch.device]:
     return [torch.device("cuda", index) for index in usable]
 
 
+def peak_memory(devices: list[torch.device]) -> int:
+    """The most bytes that torch has had on one of these GPUs at once; 0 on a CPU."""
+    return max((torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"), default=0)
+
+
 def count_gpus() -> int:
     """How many GPUs are here.
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,8 @@ SPLITS = {
     "Valid": {"label": "validation", "color": "tab:blue"},
 }
 MOST_DROPS = 10  # of the learning rate that are marked
+# What an epoch took: training and validation, images of training alone, and the most that torch had on a GPU so far.
+COSTS = ("Seconds", "Images/s", "Peak GiB")
 COLUMNS = (
     "Learning Rate",
     "Train Loss",
@@ -30,7 +31,9 @@ COLUMNS = (
     "Epoch",
     "Bad Images",
     "Skipped Steps",
+    *COSTS,
 )
+OLD_COLUMNS = COLUMNS[: -len(COSTS)]  # of older logs
 
 
 def read_log(file: Path) -> list[dict[str, float]]:
@@ -41,9 +44,10 @@ def read_log(file: Path) -> list[dict[str, float]]:
     """
     try:
         header, *lines = file.read_text().splitlines()
-        if tuple(header.split("\t")) != COLUMNS:
+        columns = tuple(header.split("\t"))
+        if columns not in (COLUMNS, OLD_COLUMNS):
             raise ValueError("other columns")
-        rows = [dict(zip(COLUMNS, map(float, line.split("\t")), strict=True)) for line in lines]
+        rows = [dict(zip(columns, map(float, line.split("\t")), strict=True)) for line in lines]
         if not rows or not all(math.isfinite(value) for row in rows for value in row.values()):
             raise ValueError("no epochs, or no numbers")
         return rows
@@ -61,18 +65,19 @@ class Logger:
     """
 
     def __init__(self, title: str):
-        self.title, self.changed, self.start = title, True, time.monotonic()
+        self.title, self.changed = title, True
         self.rows: list[list[float]] = []
 
-    def append(self, lr: float, trained: Scores, valid: Scores, epoch: int) -> timedelta:
-        """Add the row of an epoch, in the order of COLUMNS; returns the time since the last one."""
+    def append(self, lr: float, trained: Scores, valid: Scores, epoch: int, memory: float = 0) -> timedelta:
+        """Add the row of an epoch, in the order of COLUMNS; returns the time that it took. The memory is in bytes."""
         accuracies = trained.top1, valid.top1, trained.top5, valid.top5
         bad = trained.bad_images + valid.bad_images
-        row = (lr, trained.loss, valid.loss, *accuracies, epoch, bad, trained.skipped_steps)
+        seconds = trained.seconds + valid.seconds
+        costs = seconds, trained.images / max(trained.seconds, 1e-9), memory / 2**30
+        row = (lr, trained.loss, valid.loss, *accuracies, epoch, bad, trained.skipped_steps, *costs)
         self.rows.append([float(value) for value in row])
         self.changed = True
-        took, self.start = time.monotonic() - self.start, time.monotonic()
-        return timedelta(seconds=round(took))
+        return timedelta(seconds=round(seconds))
 
     def changes(self) -> dict[str, bytes]:
         """The contents of the log and of its curves, unless they are as they were at the last call."""
@@ -107,7 +112,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
     axes = figure.subplots(1, 2)
     for place, label in zip(axes, ("loss (nats)", "top-1 (%)"), strict=True):
         place.set(xlabel="epoch", ylabel=label)
-        place.xaxis.get_major_locator().set_params(integer=True)
+        place.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         place.grid(alpha=0.25)
     return dict(zip(("Loss", "Acc."), axes, strict=True))
 

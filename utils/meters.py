@@ -61,10 +61,11 @@ class Scores:
     Args:
         sums: those of :func:`batch_sums`, then the number of optimizer steps that were skipped.
         classes: of at most five, every answer is among the top 5, and nobody needs to be told.
+        seconds: for which they have been gathered; Progress counts them.
     """
 
-    def __init__(self, sums: list[float] | None = None, classes: int = 1000):
-        self.sums, self.has_top5 = list(sums or 6 * [0.0]), classes > 5
+    def __init__(self, sums: list[float] | None = None, classes: int = 1000, seconds: float = 0.0):
+        self.sums, self.has_top5, self.seconds = list(sums or 6 * [0.0]), classes > 5, seconds
 
     def add(self, sums: list[float]) -> None:
         """Add as many sums of later batches."""
@@ -122,7 +123,7 @@ class Progress:
         steps: how many there are in all.
         images: of a step, for images/s.
         data: with ``waited``, the seconds that this process has waited for images so far.
-        scores: of the epoch; they are shown as they are at the time.
+        scores: of the epoch; they are shown as they are at the time, and its seconds are added to theirs.
         done: steps that an earlier run has done.
         later: epochs after this one.
     """
@@ -134,7 +135,7 @@ class Progress:
         self.data, self.scores = data, scores
         self.first = self.done = done
         self.start = self.last_step = self.last_line = time.monotonic()
-        self.waited_before = data.waited
+        self.waited_before, self.seconds_before = data.waited, scores.seconds
         self.bar = None
         if sys.stdout.isatty():
             # A hidden cursor would stay hidden if the process were killed.
@@ -149,6 +150,7 @@ class Progress:
                     yield step
                     self.done += 1
                     self.last_step = time.monotonic()
+                    self.scores.seconds = self.seconds_before + self.last_step - self.start
                     self._show()
         finally:
             if self.bar is not None:

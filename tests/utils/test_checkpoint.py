@@ -436,6 +436,14 @@ def test_changed_keys_and_values(whole, tmp_path, count):
     assert refused > count / 2
 
 
+@pytest.mark.parametrize("key", ["best_acc", "acc", "seconds"])
+def test_a_number_that_is_not_finite_is_damage(tmp_path, key):
+    file = tmp_path / "x"
+    torch.save({"format": 1, **tiny_checkpoint(), "versions": versions(), key: float("nan")}, file)
+    with pytest.raises(BadInput, match=f"it has no usable '{key}'"):
+        load(file)
+
+
 class Hostile:
     """Its pickle calls a function when it is read."""
 

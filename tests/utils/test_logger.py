@@ -1,6 +1,7 @@
 """log.txt and its curves, and runs compared."""
 
 import io
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,26 @@ from utils.meters import Scores
 
 
 def test_rows_go_and_come_back(tmp_path):
-    """Of epochs over 200 images, besides which 3 in training and 2 in validation were bad."""
-    trained, valid = Scores([400.0, 21, 100, 200, 3, 4]), Scores([440.0, 40, 120, 200, 2, 0])
+    """Of an epoch over 200 images, besides which 3 in training and 2 in validation were bad; of 1.5 GiB."""
+    trained = Scores([400.0, 21, 100, 200, 3, 4], seconds=8.0)
+    valid = Scores([440.0, 40, 120, 200, 2, 0], seconds=3.6)
     logger = Logger("title")
     assert logger.changes() == {}
-    logger.append(1e-05, trained, valid, 1)
+    assert logger.append(1e-05, trained, valid, 1, 3 * 2**29) == timedelta(seconds=12)
     files = logger.changes()
     assert logger.changes() == {}
-    lines = ["\t".join(COLUMNS), "1e-05\t2\t2.2\t10.5\t20\t50\t60\t1\t5\t4"]
-    assert files["log.txt"].decode().splitlines() == lines
+    header = (
+        "Learning Rate|Train Loss|Valid Loss|Train Acc.|Valid Acc.|Train Acc.5|Valid Acc.5|Epoch|Bad Images|"
+        "Skipped Steps|Seconds|Images/s|Peak GiB"
+    )
+    row = "1e-05|2|2.2|10.5|20|50|60|1|5|4|11.6|25|1.5"
+    assert files["log.txt"].decode().replace("\t", "|").splitlines() == [header, row]
     (tmp_path / "log.txt").write_bytes(files["log.txt"])
-    assert [row["Learning Rate"] for row in read_log(tmp_path / "log.txt")] == [1e-05]
+    whole = dict(zip(header.split("|"), map(float, row.split("|")), strict=True))
+    assert read_log(tmp_path / "log.txt") == [whole]
+    older = [line.split("\t")[:10] for line in files["log.txt"].decode().splitlines()]
+    (tmp_path / "log.txt").write_text("".join("\t".join(line) + "\n" for line in older))
+    assert read_log(tmp_path / "log.txt") == [{name: whole[name] for name in older[0]}]
     with Image.open(io.BytesIO(files["log.png"])) as picture:
         assert picture.size[0] > 800
 
@@ -41,6 +51,12 @@ def test_curves_mark_each_drop_of_the_rate():
     for axes in figure.axes:
         assert [text.get_text() for text in axes.texts] == ["lr 0.01", "lr 0.001"]
         assert [line.get_xdata()[0] for line in axes.get_lines()[2:]] == [3.5, 5.5, 6.5]
+
+
+def test_an_axis_of_one_epoch():
+    for axes in draw_curves(epochs([0.1]), "title").axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
 
 
 def test_curves_of_a_rate_that_falls_all_the_time():
@@ -79,7 +95,7 @@ def test_the_runs_of_a_setting_have_a_mean_and_a_band():
 
 def log(folder: Path, epochs: int, *commands: str) -> Path:
     folder.mkdir(parents=True)
-    rows = [[0.1, 2, 2, 20, 30 + epoch % 3, 50, 60, epoch, 0, 0] for epoch in range(1, epochs + 1)]
+    rows = [[0.1, 2, 2, 20, 30 + epoch % 3, 50, 60, epoch, 0, 0, 9, 80, 0] for epoch in range(1, epochs + 1)]
     (folder / "log.txt").write_text("".join("\t".join(map(str, row)) + "\n" for row in [COLUMNS, *rows]))
     if commands:
         (folder / "command.txt").write_text("".join(f"# as typed\nx\n# every option\n{one}\n" for one in commands))

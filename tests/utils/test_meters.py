@@ -40,10 +40,10 @@ def test_scores_are_means_over_images():
 
 
 def test_a_line_only_every_ten_seconds(monkeypatch, capsys):
-    """After five steps of an earlier run; a quarter of each second is spent waiting for images."""
-    data, now = SimpleNamespace(waited=7.0), [0.0]
+    """After five steps of an earlier run, which took 100 s; a quarter of each second is spent waiting for images."""
+    data, now, scores = SimpleNamespace(waited=7.0), [0.0], Scores([60.0, 10, 20, 30, 0, 0], seconds=100.0)
     monkeypatch.setattr(meters.time, "monotonic", lambda: now[0])
-    progress = Progress("label", 30, 32, data, Scores([60.0, 10, 20, 30, 0, 0]), done=5, later=120)
+    progress = Progress("label", 30, 32, data, scores, done=5, later=120)
     for _ in progress.track(range(25)):
         now[0] += 1
         data.waited += 0.25
@@ -52,6 +52,7 @@ def test_a_line_only_every_ten_seconds(monkeypatch, capsys):
     assert [line.split()[1] for line in lines] == ["15/30", "25/30"]
     expected = "label 15/30  ETA 0:15, run 1:00:15  loss 2.0000  top-1 33.33  32 img/s  top-5 66.67  data 0.250s"
     assert lines[0] == f"{expected}  step 1.000s  elapsed 0:10"
+    assert scores.seconds == 125
 
 
 def test_a_pause_does_not_count(monkeypatch):
@@ -68,6 +69,7 @@ def test_a_pause_does_not_count(monkeypatch):
         if step == 10:
             shown = "10/11, ETA 0:02, loss 2.0000, top-1 33.33, 15 img/s, data 0.000s, step 2.200s, elapsed 0:22"
             assert ", ".join(progress.parts()) == shown
+            assert progress.scores.seconds == 20  # of the ten that are done
     assert signal.getsignal(signal.SIGCONT) == signal.SIG_DFL
 
 
