@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 import models
-from models.layers import EXCITATIONS, FORMULATIONS, excited_once, fold
+from models.excitation import EXCITATIONS, FORMULATIONS
+from models.layers import excited_once, fold
 from utils import checkpoint, command, distributed, options, outputs, workers
 from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
 from utils.classifier import Classifier, classify

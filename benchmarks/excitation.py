@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import models
 from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
 from models import excitation, fused
-from models.excitation import Steps
+from models.excitation import Settings
 from models.layers import excited_once, fold
 from utils import command
 from utils.arguments import Parser, number
@@ -56,8 +56,8 @@ def noise(batch: int, image_size: int) -> tuple[Tensor, Tensor]:
 def plain_form() -> AbstractContextManager:
     """Excite by the plain form of the equations, differentiated by autograd, as public code does."""
 
-    def excite(raw: Tensor, steps: Steps, layers: Sequence[Tensor]) -> Tensor:
-        return excitation.excite_weight(raw, steps, functools.partial(fused.plain_gates, steps, layers))
+    def excite(raw: Tensor, settings: Settings, layers: Sequence[Tensor]) -> Tensor:
+        return excitation.excite_weight(raw, settings, functools.partial(fused.plain_gates, settings, layers))
 
     return mock.patch.object(fused, "excite_weight", excite)
 

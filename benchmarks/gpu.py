@@ -40,7 +40,8 @@ import imagenet
 import models
 from benchmarks import pipeline
 from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
-from models.layers import FORMULATIONS, ExcitedConv, excited_once
+from models.excitation import FORMULATIONS
+from models.layers import ExcitedConv, excited_once
 from utils import command, distributed
 from utils.arguments import Parser, cores, number
 from utils.classifier import Classifier, classify

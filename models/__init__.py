@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .excitation import ChannelGate, Gate, LocationGate, activation_map
+from .excitation import ChannelGate, Gate, words
 from .imagenet import resnet, resnext
-from .layers import FORMULATIONS, PLAIN, ExcitedConv, excite, fold, is_depthwise
+from .layers import PLAIN, ExcitedConv, excite, fold, is_depthwise
 
 EXCITED = {
     name: constructor
@@ -110,16 +110,15 @@ def describe(model: nn.Module) -> str:
         return f"{total}; plain weights"
     gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
     first = convs[0]
-    names = {ChannelGate: "channel gate", LocationGate: "location gate", activation_map: "activation map"}
     parts = [f"formulation {first.formulation}"] + ["standardized"] * first.standardize
-    for letters, half in FORMULATIONS[first.formulation].items():
-        if first.excitation in ("we", letters):
-            parts.append(f"{letters.upper()} ({names[half]})")
+    parts += [f"{letters.upper()} ({words(half)})" for letters, half in first.settings.halves().items()]
     text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
     depthwise = sum(is_depthwise(conv) for conv in every)
     others = len(every) - len(convs) - depthwise
     left = [f"{depthwise} are depthwise"] * (depthwise > 0) + [f"no normalization follows {others}"] * (others > 0)
     text += f" ({', '.join(left)})" * bool(left)
+    if not all(conv.layer().is_known() for conv in convs):
+        text += "\nThe gate or the map is differentiated by autograd, which takes longer than the ones of this package"
     if isinstance(first.gate, ChannelGate) and any(isinstance(module, _BatchNorm) for module in model.modules()):
         text += "\nBatchNorm cancels the scaling of the channel gate: use --formulation paper with it"
     return text

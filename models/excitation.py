@@ -7,6 +7,7 @@ Bhuiyan, Lu, Dai and Li, "Weight Excitation", ECCV 2020, doi 10.1007/978-3-030-5
 squeeze-and-excitation networks (Hu et al., arXiv 1709.01507) whose input is a weight in place of an activation.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,7 +73,12 @@ def map_limit(maximum: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Two fully connected layers on a statistic of the weight: sigmoid(FC2(relu(FC1(x)))), in (0, 1)."""
+    """Two fully connected layers on a statistic of the weight: sigmoid(FC2(relu(FC1(x)))), in (0, 1).
+
+    Subclasses are made with (in_channels, out_channels, groups, device, dtype) of a convolution.
+    """
+
+    NEUTRAL: float  # the statistic of a weight that tells the gate nothing
 
     def __init__(self, features: int, hidden: int, device=None, dtype=None):
         super().__init__()
@@ -85,13 +91,12 @@ class Gate(nn.Module):
 
     def is_plain(self) -> bool:
         """Whether its tensors describe it fully: a gate of this file, with its own layers and without hooks."""
+        if type(self) not in (ChannelGate, LocationGate):
+            return False
         hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         layers = self.fc1, self.fc2
-        is_known = type(self) in (ChannelGate, LocationGate)
-        return (
-            is_known
-            and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
-            and not any(getattr(module, name) for module in (self, *layers) for name in hooks)
+        return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers) and not any(
+            getattr(module, name) for module in (self, *layers) for name in hooks
         )
 
     def forward(self, statistic: Tensor) -> Tensor:
@@ -166,19 +171,66 @@ class LocationGate(Gate):
         return gates[:, :, None, None]
 
 
-GATES = {"channel": ChannelGate, "location": LocationGate}
+Map = Callable[[Tensor], Tensor]  # from a weight to one of the same shape
+Half = type[Gate] | Map
+
+EXCITATIONS = ("we", "mwe", "lwe", "none")
+# The paper and public code use the letters for different halves; a formulation says which letter means what. Add yours:
+# a half is a subclass of Gate or a map; of the two, at most one of each.
+FORMULATIONS: dict[str, dict[str, Half]] = {
+    "channel": {"mwe": ChannelGate, "lwe": activation_map},
+    "paper": {"mwe": activation_map, "lwe": LocationGate},
+}
 
 
-class Steps(NamedTuple):
-    """What is done to a weight, in this order."""
-
-    standardized: bool
-    gate: str | None  # a key of GATES
-    mapped: bool
+def is_gate(half: Half) -> bool:
+    return isinstance(half, type) and issubclass(half, Gate)
 
 
-def excite_weight(raw: Tensor, steps: Steps, gate: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """The excited weight: map(gate(standardize(W))), with those of the three that the layer has.
+def words(half: Half) -> str:
+    """A gate's or a map's name in words: "channel gate" of ChannelGate, "activation map" of activation_map."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", half.__name__).lower()
+
+
+class Settings(NamedTuple):
+    """How a weight is excited: standardized first, then gated, then mapped.
+
+    Attributes:
+        excitation: a word of EXCITATIONS: both halves of the formulation, one of them, or none.
+        formulation: a key of FORMULATIONS.
+        standardize: whether weight standardization comes first.
+    """
+
+    excitation: str
+    formulation: str
+    standardize: bool
+
+    def check(self) -> None:
+        """Raise ValueError where one of them can't be."""
+        if self.excitation not in EXCITATIONS:
+            raise ValueError(f"excitation {self.excitation!r} is none of {', '.join(EXCITATIONS)}")
+        if self.formulation not in FORMULATIONS:
+            raise ValueError(f"formulation {self.formulation!r} is none of {', '.join(FORMULATIONS)}")
+        gates = [is_gate(half) for half in self.halves().values()]
+        if len(gates) > 1 and gates[0] == gates[1]:
+            raise ValueError(f"formulation {self.formulation!r}: both halves are of one kind, not a gate and a map")
+
+    def halves(self) -> dict[str, Half]:
+        """Those that the excitation names, by their letters."""
+        halves = FORMULATIONS[self.formulation]
+        return {letters: half for letters, half in halves.items() if self.excitation in ("we", letters)}
+
+    @property
+    def gate(self) -> type[Gate] | None:
+        return next(filter(is_gate, self.halves().values()), None)
+
+    @property
+    def map(self) -> Map | None:
+        return next((half for half in self.halves().values() if not is_gate(half)), None)
+
+
+def excite_weight(raw: Tensor, settings: Settings, gate: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The excited weight: map(gate(standardize(W))), with those of the three that the settings name.
 
     Args:
         raw: W, (O, I, kh, kw).
@@ -187,8 +239,8 @@ def excite_weight(raw: Tensor, steps: Steps, gate: Callable[[Tensor], Tensor] | 
     Returns:
         A tensor of the same shape.
     """
-    weight = standardize(raw) if steps.standardized else raw
-    if steps.gate is not None:
-        kind = gate if isinstance(gate, Gate) else GATES[steps.gate]
+    weight = standardize(raw) if settings.standardize else raw
+    if settings.gate is not None:
+        kind = gate if isinstance(gate, Gate) else settings.gate
         weight = weight * gate(kind.statistic(raw, weight))
-    return activation_map(weight) if steps.mapped else weight
+    return weight if settings.map is None else settings.map(weight)

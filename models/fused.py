@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from . import excitation
-from .excitation import GATES, MAGNITUDE_EPSILON, STD_EPSILON, Gate, Steps, check_filters, map_limit
+from .excitation import (
+    MAGNITUDE_EPSILON,
+    STD_EPSILON,
+    ChannelGate,
+    Gate,
+    LocationGate,
+    Settings,
+    activation_map,
+    check_filters,
+    map_limit,
+)
 
 FILTER = (2, 3, 4)  # the dimensions of a filter in a stack
 LAYER = (1, 2, 3, 4)
@@ -28,13 +38,21 @@ LAYER = (1, 2, 3, 4)
 class Layer(NamedTuple):
     """A layer's weight, and what is done to it."""
 
-    steps: Steps
+    settings: Settings
     weight: Tensor
     gate: Gate | None
 
+    def is_known(self) -> bool:
+        """Whether this file has its gate and its map; what it doesn't know takes the plain form."""
+        has_its_gate = self.gate is None or (type(self.gate) is self.settings.gate and self.gate.is_plain())
+        return has_its_gate and self.settings.map in (None, activation_map)
+
     def tensors(self) -> list[Tensor]:
         """The weight, then weights and biases of the gate's two layers."""
-        return [self.weight, *(() if self.gate is None else self.gate.tensors())]
+        return [self.weight, *self.gate_tensors()]
+
+    def gate_tensors(self) -> list[Tensor]:
+        return [] if self.gate is None else self.gate.tensors()
 
 
 class Saved(NamedTuple):
@@ -50,7 +68,9 @@ class Saved(NamedTuple):
     limit: Tensor | None
 
 
-def excite_weight(raw: Tensor, steps: Steps, layers: Sequence[Tensor], kept: dict[str, Tensor] | None = None) -> Tensor:
+def excite_weight(
+    raw: Tensor, settings: Settings, layers: Sequence[Tensor], kept: dict[str, Tensor] | None = None
+) -> Tensor:
     """The same as :func:`models.excitation.excite_weight`, by the tensors of the gate's two layers.
 
     Args:
@@ -60,7 +80,7 @@ def excite_weight(raw: Tensor, steps: Steps, layers: Sequence[Tensor], kept: dic
     """
     if raw.stride() != dense_strides(raw):
         raw = raw.clone()
-    return _Excitation.apply(raw, steps, kept, *(layer.type_as(raw) for layer in layers))
+    return _Excitation.apply(raw, settings, kept, *(layer.type_as(raw) for layer in layers))
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -70,15 +90,15 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
 
 class _Excitation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, raw, steps, kept, *layers):
-        ctx.steps, ctx.overwrite = steps, kept is not None
-        weight, saved = forward(steps, raw[None], [layer[None] for layer in layers], {} if kept is None else kept)
+    def forward(ctx, raw, settings, kept, *layers):
+        ctx.settings, ctx.overwrite = settings, kept is not None
+        weight, saved = forward(settings, raw[None], [layer[None] for layer in layers], {} if kept is None else kept)
         ctx.save_for_backward(raw, *layers, *saved[1:])
         return weight[0]
 
     @staticmethod
     def backward(ctx, upstream):
-        count = 5 if ctx.steps.gate else 1
+        count = 5 if ctx.settings.gate else 1
         (raw, *layers), saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         with full_precision(raw):
             # The plain form, for a derivative of the derivative, or many gradients at once.
@@ -87,7 +107,7 @@ class _Excitation(torch.autograd.Function):
             # Another tensor on the same memory: autograd copies a gradient that its caller still holds.
             grad = upstream.detach() if ctx.overwrite else torch.empty_like(raw).copy_(upstream)
             saved = Saved(raw[None], *saved)
-            layers_grad = backward(ctx.steps, saved, [layer[None] for layer in layers], grad[None])
+            layers_grad = backward(ctx.settings, saved, [layer[None] for layer in layers], grad[None])
         return grad, None, None, *(gradient[0] for gradient in layers_grad)
 
 
@@ -96,7 +116,7 @@ def _plain_backward(ctx, upstream: Tensor, raw: Tensor, layers: list[Tensor]) ->
     inputs, create_graph = (raw, *layers), torch.is_grad_enabled()
     needed = [index for index, needs in enumerate((ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])) if needs]
     with torch.enable_grad():
-        plain = excitation.excite_weight(raw, ctx.steps, functools.partial(plain_gates, ctx.steps, layers))
+        plain = excitation.excite_weight(raw, ctx.settings, functools.partial(plain_gates, ctx.settings, layers))
         grads = torch.autograd.grad(plain, [inputs[index] for index in needed], upstream, create_graph=create_graph)
     found = dict(zip(needed, grads, strict=True))
     return found.get(0), None, None, *(found.get(index) for index in range(1, len(inputs)))
@@ -113,12 +133,12 @@ def full_precision(weight: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def plain_gates(steps: Steps, layers: Sequence[Tensor], statistic: Tensor) -> Tensor:
+def plain_gates(settings: Settings, layers: Sequence[Tensor], statistic: Tensor) -> Tensor:
     """The plain form's gates, by the tensors of their layers."""
-    return GATES[steps.gate].gates(statistic, *layers)
+    return settings.gate.gates(statistic, *layers)
 
 
-def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Tensor]) -> tuple[Tensor, Saved]:
+def forward(settings: Settings, raw: Tensor, layers: list[Tensor], kept: dict[str, Tensor]) -> tuple[Tensor, Saved]:
     """The excited weights of a stack.
 
     Args:
@@ -129,40 +149,40 @@ def forward(steps: Steps, raw: Tensor, layers: list[Tensor], kept: dict[str, Ten
     weight, locations, elements = _memory(kept, "weight", raw), raw.shape[3] * raw.shape[4], raw[0, 0].numel()
     mean = std = statistic = size = hidden = gates = limit = None
     source, factor = raw, 1
-    if steps.standardized:
+    if settings.standardize:
         check_filters(raw[0])
         mean = raw.mean(FILTER, keepdim=True)
         source = torch.sub(raw, mean, out=weight)
         # The norm of the centred filter takes a fraction of the time of torch.std.
         std = torch.linalg.vector_norm(source, dim=FILTER, keepdim=True) / math.sqrt(elements - 1)
         factor = 1 / (std + STD_EPSILON)
-    if steps.gate == "channel":
+    if settings.gate is ChannelGate:
         statistic = torch.abs(raw, out=_memory(_scratch(raw), "product", raw)).mean(FILTER)[:, None]
         size = statistic.mean((1, 2), keepdim=True) + MAGNITUDE_EPSILON
         statistic /= size
         hidden, gates = _gate(statistic, layers, kept)
         factor = factor * _per_filter(gates, raw)
     torch.mul(source, factor, out=weight)
-    if steps.gate == "location":
+    if settings.gate is LocationGate:
         statistic = _sum_locations(weight, 1 / locations)
         hidden, gates = _gate(statistic, layers, kept)
         weight.mul_(_per_filter(gates, raw))
         if locations == 1:
             statistic = None  # it was a view of ``weight``
-    if steps.mapped:
+    if settings.map is not None:
         limit = map_limit(_maximum(weight))
         weight.div_(limit).atanh_().mul_(limit)
     return weight, Saved(raw, mean, std, statistic, size, hidden, gates, limit)
 
 
-def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+def backward(settings: Settings, saved: Saved, layers: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
     """Turns ``grad``, that of the excited weights, into that of the raw weights; returns those of ``layers``."""
     raw, mean, std, statistic, size, hidden, gates, limit = saved
     scratch, locations, elements = _scratch(raw), raw.shape[3] * raw.shape[4], raw[0, 0].numel()
     product = _memory(scratch, "product", raw)
     gain = None if gates is None else _per_filter(gates, raw)
     weight, scale = raw, None  # the weight as it was gated
-    if steps.standardized:
+    if settings.standardize:
         scale = 1 / (std + STD_EPSILON)
         weight = torch.sub(raw, mean, out=_memory(scratch, "weight", raw)).mul_(scale)
 
@@ -175,19 +195,19 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
     layers_grad, along = (), None  # the latter: dL/dZ . Z of each filter
     if gates is not None:
         torch.mul(grad, weight, out=product)
-        along = product.sum(FILTER)[:, None] if steps.gate == "channel" else _sum_locations(product)
+        along = product.sum(FILTER)[:, None] if settings.gate is ChannelGate else _sum_locations(product)
         along.mul_(gates)
         if statistic is None:
             statistic = _sum_locations(weight, 1 / locations)
         statistic_grad, *layers_grad = _gate_backward(statistic, hidden, gates, layers, along, scratch)
-    if steps.gate == "location":
+    if settings.gate is LocationGate:
         grad.mul_(gain).add_(_per_filter(statistic_grad, raw), alpha=1 / locations)
         along = along.addcmul_(statistic_grad, statistic).sum(2)
 
     factor = scale
-    if steps.gate == "channel":
+    if settings.gate is ChannelGate:
         factor = gain if scale is None else scale * gain
-    if steps.standardized:
+    if settings.standardize:
         # With Z = (W - mean) / (s + e): dL/dW = (dL/dZ - its mean) / (s + e) - (dL/dZ . Z) Z / ((n - 1) s).
         if along is None:
             along = torch.mul(grad, weight, out=product).sum(FILTER)
@@ -196,7 +216,7 @@ def backward(steps: Steps, saved: Saved, layers: list[Tensor], grad: Tensor) -> 
     elif factor is not None:
         grad.mul_(factor)
 
-    if steps.gate == "channel":  # whose statistic is m / (mean m + e), with m = mean |W| over a filter
+    if settings.gate is ChannelGate:  # whose statistic is m / (mean m + e), with m = mean |W| over a filter
         along = (statistic_grad - (statistic_grad * statistic).mean((1, 2), keepdim=True)) / (size * elements)
         grad.addcmul_(torch.sign(raw, out=product), _per_filter(along, raw))
     return tuple(layers_grad)

@@ -65,7 +65,7 @@ Tensors = tuple[Tensor, ...]  # of a layer: its weight, then weights and biases 
 
 def can_excite(layer: Layer) -> bool:
     """Whether the kernels can: float32 or float64, gates that they know, filters without gaps in either layout."""
-    if type(layer.gate) not in KINDS or not stacked.can_excite(layer):
+    if not stacked.can_excite(layer):
         return False
     weight, *others = layer.tensors()
     if others and not _fits(layer.gate, weight):
@@ -99,8 +99,8 @@ def excite_weights(layers: list[Layer]) -> list[Tensor]:
     The backward pass writes the gradients of the raw weights over those that it is given.
     """
     groups = defaultdict(list)
-    for index, (steps, weight, gate) in enumerate(layers):
-        form = Form(steps.standardized, None if gate is None else type(gate), steps.mapped)
+    for index, (settings, weight, _) in enumerate(layers):
+        form = Form(settings.standardize, settings.gate, settings.map is not None)
         groups[form, weight.dtype, weight.device].append(index)
     weights = {}
     for (form, *_), indices in groups.items():

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .excitation import map_limit, standardize
+from .excitation import Map, standardize
 from .layers import Conv2d
 
 
@@ -18,17 +18,18 @@ class Layer(NamedTuple):
         name: of the module.
         raw: W, (O, I, kh, kw).
         excited: map(gate(standardize(W))), (O, I, kh, kw).
-        relative: the map's argument over its pole, w / MA, (O, I, kh, kw); None without a map. The map's gradient is
-            1 / (1 - relative^2).
+        argument: what the map is given, (O, I, kh, kw); None without a map.
+        gain: the map's derivative there, (O, I, kh, kw); None without a map.
         gates: (O, 1) of the channel gate, (O, I) of the location gate; None without a gate.
-        constants: of the same shape, what the gates would be if the weights told them nothing: if all filters were
-            equally large (channel gate), or each kernel had the mean 0 (location gate).
+        constants: of the same shape, what the gates would be if the weights told them nothing: of channel gates, if all
+            filters were equally large; of location gates, if each kernel had the mean 0.
     """
 
     name: str
     raw: np.ndarray
     excited: np.ndarray
-    relative: np.ndarray | None
+    argument: np.ndarray | None
+    gain: np.ndarray | None
     gates: np.ndarray | None
     constants: np.ndarray | None
 
@@ -40,16 +41,22 @@ def inspect_layers(model: nn.Module) -> Iterator[Layer]:
         if isinstance(conv, Conv2d) and conv.excites:
             raw = conv.weight.float()
             weight = standardize(raw) if conv.standardize else raw
-            gates = constants = relative = None
+            gates = constants = argument = gain = None
             if conv.gate is not None:
                 statistic = conv.gate.statistic(raw, weight)
                 gates = conv.gate(statistic)
                 constants = conv.gate(torch.full_like(statistic, conv.gate.NEUTRAL))
                 weight = weight * gates
-            if conv.steps.mapped:
-                relative = weight / map_limit(weight.abs().amax())
-            tensors = (raw, conv.excited_weight(), relative, _pairs(gates), _pairs(constants))
+            if conv.settings.map is not None:
+                argument, gain = weight, _derivative(conv.settings.map, weight)
+            tensors = (raw, conv.excited_weight(), argument, gain, _pairs(gates), _pairs(constants))
             yield Layer(name, *(None if tensor is None else tensor.float().cpu().numpy() for tensor in tensors))
+
+
+@torch.enable_grad()
+def _derivative(function: Map, weight: Tensor) -> Tensor:
+    weight = weight.detach().requires_grad_()
+    return torch.autograd.grad(function(weight).sum(), weight)[0]
 
 
 def _pairs(gates: Tensor | None) -> Tensor | None:

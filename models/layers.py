@@ -7,7 +7,6 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,17 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
-from .excitation import GATES, ChannelGate, Gate, LocationGate, Steps, activation_map
+from .excitation import Gate, Settings
 from .fused import Layer, full_precision, in_4d
 
-EXCITATIONS = ("we", "mwe", "lwe", "none")
-# The paper and public code use the letters for different halves; a formulation says which letter means what.
-FORMULATIONS = {
-    "channel": {"mwe": ChannelGate, "lwe": activation_map},
-    "paper": {"mwe": activation_map, "lwe": LocationGate},
-}
 # What an excited convolution has beside the gate, and a plain one lacks.
-ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "steps", "excited", "source")
+ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "excited", "source")
 NORM_GROUPS = 32
 NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 NORM_NAMES = ("Norm", "Norm2d")  # classes of other libraries end so
@@ -66,21 +59,6 @@ def is_depthwise(conv: _ConvNd) -> bool:
     return conv.groups > 1 and conv.groups == conv.in_channels
 
 
-class Settings(NamedTuple):
-    """How a layer is excited: the arguments of :class:`ExcitedConv`."""
-
-    excitation: str
-    formulation: str
-    standardize: bool
-
-    def check(self) -> None:
-        """Raise ValueError where one of them can't be."""
-        if self.excitation not in EXCITATIONS:
-            raise ValueError(f"excitation {self.excitation!r} is none of {', '.join(EXCITATIONS)}")
-        if self.formulation not in FORMULATIONS:
-            raise ValueError(f"formulation {self.formulation!r} is none of {', '.join(FORMULATIONS)}")
-
-
 _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # memory of the last optimizer step
 
 
@@ -93,7 +71,8 @@ class ExcitedConv(_ConvNd):
 
     Args:
         excitation: ``we`` (both), ``mwe``, ``lwe`` or ``none``.
-        formulation: ``channel`` (MWE the channel gate, LWE the map) or ``paper`` (MWE the map, LWE the location gate).
+        formulation: ``channel`` (MWE the channel gate, LWE the map), ``paper`` (MWE the map, LWE the location gate), or
+            one that was added to FORMULATIONS.
         standardize: whether weight standardization comes first.
         *args, **kwargs: those of the plain convolution.
 
@@ -115,21 +94,17 @@ class ExcitedConv(_ConvNd):
         self._set_up(settings)
 
     def _set_up(self, settings: Settings) -> None:
-        excitation, formulation, standardize = settings
         if self.weight.is_complex():
             raise ValueError("complex weights can't be excited")
-        if is_depthwise(self):
-            excitation, standardize = "none", False
         self.settings = settings
-        self.excitation, self.formulation, self.standardize = excitation, formulation, standardize
-        halves = [half for letters, half in FORMULATIONS[formulation].items() if excitation in ("we", letters)]
-        self.excites = self.standardize or excitation != "none"
-        kinds = [name for name, gate in GATES.items() if gate in halves]
-        self.steps = Steps(standardize, kinds[0] if kinds else None, activation_map in halves)
+        self.excitation, self.formulation, self.standardize = settings
+        if is_depthwise(self):
+            self.excitation, self.standardize = "none", False
+        self.excites = self.standardize or self.excitation != "none"
         self.gate = None
-        if kinds:
+        if self.excites and settings.gate is not None:
             shape = self.in_channels, self.out_channels, self.groups
-            gate = GATES[kinds[0]](*shape, self.weight.device, self.weight.dtype)
+            gate = settings.gate(*shape, self.weight.device, self.weight.dtype)
             self.gate = gate.train(self.training).requires_grad_(self.weight.requires_grad)
         # Inside excited_once(): the excited weight, which gathers the gradient, and what it was made of. It is no
         # parameter or buffer, so that copies, averages and wrappers see what they see outside.
@@ -144,10 +119,15 @@ class ExcitedConv(_ConvNd):
                 return self.excited.to(self.weight.device)
             if torch.compiler.is_compiling() or self.source == _identify(self.weight):
                 return self.excited
-        if _has_plain_gate(self):
-            return _excite(self.weight, self.steps, *_gate_tensors(self))
+        layer = self.layer()
+        if layer.is_known():
+            return _excite(self.weight, self.settings, *layer.gate_tensors())
         with full_precision(self.weight):
-            return _like(self.weight, excitation.excite_weight(_raw(self.weight), self.steps, self.gate))
+            return _like(self.weight, excitation.excite_weight(_raw(self.weight), self.settings, self.gate))
+
+    def layer(self) -> Layer:
+        """What is excited, and how."""
+        return Layer(self.settings, self.weight, self.gate)
 
     def _replicate_for_data_parallel(self) -> "ExcitedConv":
         replica = super()._replicate_for_data_parallel()
@@ -183,14 +163,14 @@ PLAIN = tuple(KINDS)
 
 
 @torch.fx.wrap  # a step of its own where a model is traced
-def _excite(weight: Tensor, steps: Steps, *gate: Tensor) -> Tensor:
+def _excite(weight: Tensor, settings: Settings, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
     with full_precision(weight):
         # Compilers and functorch can't see into the fused form; the former fuses the plain one by itself.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            raw, gates = _raw(weight), functools.partial(fused.plain_gates, steps, gate)
-            return _like(weight, excitation.excite_weight(raw, steps, gates))
-        return _like(weight, fused.excite_weight(_raw(weight), steps, gate))
+            raw, gates = _raw(weight), functools.partial(fused.plain_gates, settings, gate)
+            return _like(weight, excitation.excite_weight(raw, settings, gates))
+        return _like(weight, fused.excite_weight(_raw(weight), settings, gate))
 
 
 def _raw(weight: Tensor) -> Tensor:
@@ -351,16 +331,20 @@ def _can_be_excited_once(conv: ExcitedConv) -> bool:
 
 def _needs_grad(conv: ExcitedConv) -> bool:
     """Whether the layer's own weight or gate is trained: of frozen layers, no activation is kept for a gradient."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (conv.weight, *_gate_parameters(conv)))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _own_tensors(conv))
 
 
-def _gate_parameters(conv: ExcitedConv) -> list[Tensor]:
-    return _gate_tensors(conv) if _has_plain_gate(conv) else list(conv.gate.parameters())
+def _own_tensors(conv: ExcitedConv) -> list[Tensor]:
+    """The weight and the gate's, which may be no parameters where something replaced them."""
+    layer = conv.layer()
+    return (
+        layer.tensors() if layer.is_known() else [conv.weight, *([] if conv.gate is None else conv.gate.parameters())]
+    )
 
 
 def _excited_weights(convs: list[ExcitedConv]) -> list[Tensor]:
     """The excited weight of each layer: on a GPU together, where one of its forms can; else one after another."""
-    together, rest = {}, {conv: Layer(conv.steps, conv.weight, conv.gate) for conv in convs if is_on_gpu(conv)}
+    together, rest = {}, {conv: conv.layer() for conv in convs if is_on_gpu(conv)}
     for form in gpu_forms() if rest else ():
         layers = {conv: layer for conv, layer in rest.items() if form.can_excite(layer)}
         together |= zip(layers, form.excite_weights(list(layers.values())), strict=True)
@@ -389,7 +373,7 @@ def _gpu_forms() -> tuple[ModuleType, ...]:
 
 
 def _excited_alone(conv: ExcitedConv) -> Tensor:
-    if conv.weight.device.type == "cpu" and _has_plain_gate(conv):
+    if conv.weight.device.type == "cpu" and conv.layer().is_known():
         return _excite_in_place(conv)
     return conv.excited_weight()
 
@@ -398,16 +382,8 @@ def _excite_in_place(conv: ExcitedConv) -> Tensor:
     """The excited weight, in the memory of the last time; the gradient is overwritten in the backward pass."""
     with full_precision(conv.weight):
         kept = _kept.setdefault(conv, {})
-        excited = fused.excite_weight(_raw(conv.weight), conv.steps, _gate_tensors(conv), kept)
+        excited = fused.excite_weight(_raw(conv.weight), conv.settings, conv.layer().gate_tensors(), kept)
         return _like(conv.weight, excited)
-
-
-def _has_plain_gate(conv: ExcitedConv) -> bool:
-    return conv.gate is None or conv.gate.is_plain()
-
-
-def _gate_tensors(conv: ExcitedConv) -> list[Tensor]:
-    return [] if conv.gate is None else conv.gate.tensors()
 
 
 def _own_memory(grads: tuple[Tensor, ...], others: list[Tensor | None]) -> list[Tensor]:

@@ -15,8 +15,8 @@ from .fused import Layer, Saved, dense_strides, in_4d
 
 
 def can_excite(layer: Layer) -> bool:
-    """Whether :func:`excite_weights` can: float32 or float64, and a gate of that type whose tensors tell all of it."""
-    if layer.gate is not None and not layer.gate.is_plain():
+    """Whether :func:`excite_weights` can: float32 or float64, and a gate of that type that fused.py knows."""
+    if not layer.is_known():
         return False
     weight, *others = layer.tensors()
     return weight.dtype in (torch.float32, torch.float64) and all(
@@ -31,22 +31,22 @@ def excite_weights(layers: list[Layer]) -> list[Tensor]:
         raw, *gate = layer.tensors()
         tensors = [in_4d(raw), *gate]
         kinds = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        stacks[layer.steps, kinds].append((index, tensors))
+        stacks[layer.settings, kinds].append((index, tensors))
     weights = {}
-    for (steps, *_), stack in stacks.items():
+    for (settings, *_), stack in stacks.items():
         indices, tensors = zip(*stack, strict=True)
-        weights |= zip(indices, _Excitation.apply(steps, len(stack), *chain(*tensors)), strict=True)
+        weights |= zip(indices, _Excitation.apply(settings, len(stack), *chain(*tensors)), strict=True)
     return [weights[index].reshape(layer.weight.shape) for index, layer in enumerate(layers)]
 
 
 class _Excitation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, steps, count, *tensors):
+    def forward(ctx, settings, count, *tensors):
         size = len(tensors) // count
         raw, *gate = (_stack(tensors[index::size]) for index in range(size))
         with fused.full_precision(raw):
-            weight, saved = fused.forward(steps, raw, gate, {})
-        ctx.steps, ctx.size = steps, size
+            weight, saved = fused.forward(settings, raw, gate, {})
+        ctx.settings, ctx.size = settings, size
         ctx.save_for_backward(*gate, *saved)
         ctx.set_materialize_grads(False)
         return weight.unbind()
@@ -58,7 +58,7 @@ class _Excitation(torch.autograd.Function):
         given = [torch.zeros_like(raw) if grad is None else grad for raw, grad in zip(saved.raw, grads, strict=True)]
         stack = _stack(given)
         with fused.full_precision(stack):
-            parts = [stack, *fused.backward(ctx.steps, saved, gate, stack)]
+            parts = [stack, *fused.backward(ctx.settings, saved, gate, stack)]
         rows = zip(grads, *(part.unbind() for part in parts), strict=True)
         return None, None, *chain(*([None] * ctx.size if grad is None else row for grad, *row in rows))
 

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # a CPU runs Triton's kernels; read when torchvision imports Triton
 
 import models
-from models.layers import FORMULATIONS
+from models.excitation import FORMULATIONS
 from tests.helpers import EXCITED, draw_folder, register_tiny, run_command, send
 from utils.signals import ENDING
 

@@ -5,26 +5,15 @@ They read in grayscale: what differs in colour differs in lightness, marker or l
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
+from models.inspection import Layer
 from utils.figures import Artist, Axes, Figure, render
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
 AXIS_NAMES = 25  # layers that an axis has room to name
 NAMES = ("weights.png", "gates.png")
-
-
-class Layer(Protocol):
-    """The numbers of an excited convolution, as models/inspection.py has them."""
-
-    name: str
-    raw: np.ndarray
-    excited: np.ndarray
-    relative: np.ndarray | None
-    gates: np.ndarray | None
-    constants: np.ndarray | None
 
 
 def draw(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str) -> dict[str, bytes]:
@@ -92,7 +81,7 @@ def draw_boxes(axes: Axes, values: Sequence[np.ndarray], places: np.ndarray, wid
 
 def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
     """Excited against raw weights of three layers, the curve of the map, its gradient gain, and the gain by depth."""
-    mapped = layers[0].relative is not None
+    mapped = layers[0].gain is not None
     figure = Figure(figsize=(10, 6 if mapped else 3.2), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2 if mapped else 1, 3, squeeze=False)
@@ -113,22 +102,24 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
 
 def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chosen: Sequence[Layer]) -> None:
     """The map; its gradient gain over the weights that enter it; and the gain that each layer's weights have."""
-    largest = 1 / 1.1  # as MA = 1.1 M
-    weight = np.linspace(-largest, largest, 401)
-    curve.plot(weight, np.arctanh(weight), color="black", label="f(w) / MA")
-    curve.plot(weight, weight, color="0.5", linestyle="--", label="w / MA")
-    curve.set(title="the map", xlabel="w / MA", ylabel="f(w) / MA")
-    curve.legend()
-    gain.plot(weight, 1 / (1 - weight**2), color="black", linewidth=2, label="gain, df/dw")
-    gain.set(title="gain, and where weights lie", xlabel="w / MA", ylabel="gain")
+    curve.plot((-1, 1), (-1, 1), color="0.5", linestyle="--", label="w / M")
     shares = gain.twinx()
     for layer, style in zip(chosen, ("-", "--", ":"), strict=False):
-        share, edges = np.histogram(layer.relative, bins=40, range=(-largest, largest))
+        largest = np.abs(layer.argument).max()
+        places = along(layer.argument)
+        weight, mapped, slope = (values.ravel()[places] for values in (layer.argument, layer.excited, layer.gain))
+        first = layer is chosen[0]
+        curve.plot(weight / largest, mapped / largest, color="black", label="f(w) / M" if first else None)
+        gain.plot(weight / largest, slope, color="black", linewidth=2, label="gain, df/dw" if first else None)
+        share, edges = np.histogram(layer.argument / largest, bins=40, range=(-1, 1))
         shares.stairs(100 * share / share.sum(), edges, color="tab:blue", linestyle=style, label=short(layer.name))
+    curve.set(title="the map", xlabel="w / M, of the largest weight M", ylabel="f(w) / M")
+    curve.legend()
+    gain.set(title="gain, and where weights lie", xlabel="w / M", ylabel="gain")
     shares.set(ylabel="weights (%)", ylim=(0, 2.4 * shares.get_ylim()[1]))  # leaves the upper half to the legend
     entries = [axes.get_legend_handles_labels() for axes in (gain, shares)]
     gain.legend(*map(itertools.chain.from_iterable, zip(*entries, strict=True)), loc="upper center", fontsize="small")
-    gains = [np.percentile(1 / (1 - layer.relative**2), (50, 99, 99.9)) for layer in layers]
+    gains = [np.percentile(layer.gain, (50, 99, 99.9)) for layer in layers]
     for values, label, marker in zip(zip(*gains, strict=True), ("50th", "99th", "99.9th"), "os^", strict=True):
         style = {"marker": marker, "color": "0.2", "linewidth": 1} | marks(len(layers))
         depth.plot(range(1, len(layers) + 1), values, label=label, **style)
@@ -138,6 +129,13 @@ def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chos
     depth.legend(title="percentile", ncols=3, loc="upper center", fontsize="small", columnspacing=1)
     for axes in (curve, depth):
         axes.grid(alpha=0.25)
+
+
+def along(values: np.ndarray, count: int = 401) -> np.ndarray:
+    """The places of values that lie as evenly as may be between the lowest and the highest one."""
+    order = values.ravel().argsort()
+    even = np.linspace(values.min(), values.max(), count)
+    return order[np.searchsorted(values.ravel()[order], even).clip(max=values.size - 1)]
 
 
 def sample(values: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ from torch.autograd import gradcheck
 
 from models import excitation as plain
 from models import fused
-from models.excitation import ChannelGate, LocationGate, activation_map, standardize
-from models.layers import EXCITATIONS, Conv2d
+from models.excitation import EXCITATIONS, ChannelGate, LocationGate, activation_map, standardize
+from models.layers import Conv2d
 
 # (in_channels, out_channels, kernel, groups)
 SHAPES = [(8, 6, 1, 1), (4, 6, 3, 1), (3, 2, 7, 1), (8, 6, 3, 2), (64, 128, 3, 1), (256, 64, 1, 1), (128, 128, 3, 32)]
@@ -99,7 +99,7 @@ def test_gradients_with_the_maximum_fixed(conv):
 
     def excited(*parameters):
         weight = gated(*parameters)
-        return activation_map(weight, maximum) if conv.steps.mapped else weight
+        return weight if conv.settings.map is None else activation_map(weight, maximum)
 
     parameters = excitation_parameters(conv)
     assert gradcheck(excited, parameters)
@@ -172,8 +172,8 @@ def test_fused_is_plain(conv, memory_format):
     results = []
     layers = [] if conv.gate is None else conv.gate.tensors()
     for weight in (
-        plain.excite_weight(conv.weight, conv.steps, conv.gate),
-        fused.excite_weight(conv.weight, conv.steps, layers),
+        plain.excite_weight(conv.weight, conv.settings, conv.gate),
+        fused.excite_weight(conv.weight, conv.settings, layers),
     ):
         results.append([weight, *torch.autograd.grad(weight, parameters, upstream)])
     for expected, ours in zip(*results, strict=True):

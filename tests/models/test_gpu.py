@@ -14,9 +14,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from models import excitation, layers, stacked
-from models.excitation import ChannelGate
+from models.excitation import EXCITATIONS, ChannelGate
 from models.fused import Layer
-from models.layers import EXCITATIONS, Conv1d, Conv2d, Conv3d, excited_once
+from models.layers import Conv1d, Conv2d, Conv3d, excited_once
 
 triton = pytest.importorskip("triton")
 gpu = pytest.importorskip("models.gpu")
@@ -65,7 +65,7 @@ def convs_of(*settings, dtype=torch.float64, shapes=SHAPES) -> list[Conv2d]:
 
 
 def as_layers(convs) -> list[Layer]:
-    return [Layer(conv.steps, conv.weight, conv.gate) for conv in convs]
+    return [conv.layer() for conv in convs]
 
 
 def expected(conv, upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ def expected(conv, upstream: torch.Tensor) -> list[torch.Tensor]:
     tensors = [tensor.detach().double().requires_grad_() for tensor in Layer(None, conv.weight, conv.gate).tensors()]
     gates = conv.gate and (lambda statistic: type(conv.gate).gates(statistic, *tensors[1:]))
     shape = tensors[0].shape if tensors[0].ndim == 4 else (*tensors[0].shape[:2], -1, 1)
-    weight = excitation.excite_weight(tensors[0].reshape(shape), conv.steps, gates).reshape(tensors[0].shape)
+    weight = excitation.excite_weight(tensors[0].reshape(shape), conv.settings, gates).reshape(tensors[0].shape)
     return [weight.detach(), *torch.autograd.grad(weight, tensors, upstream.double())]
 
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.excitation import MAP_MARGIN
+from models.excitation import EXCITATIONS, MAP_MARGIN
 from models.inspection import inspect_layers
-from models.layers import EXCITATIONS, Conv2d
+from models.layers import Conv2d
 
 
 @pytest.mark.parametrize("standardize", [True, False])
@@ -32,10 +32,12 @@ def test_the_way_of_a_weight(excitation, formulation, standardize):
     if layer.gates is not None:
         assert layer.gates.shape == layer.constants.shape == {"channel": (32, 1), "paper": (32, 16)}[formulation]
         weight *= layer.gates[..., None, None]
-    assert (layer.relative is not None) == conv.steps.mapped
-    if conv.steps.mapped:
+    mapped = {"channel": "lwe", "paper": "mwe"}[formulation]
+    assert (layer.argument is not None) == (layer.gain is not None) == (excitation in ("we", mapped))
+    if layer.argument is not None:
         pole = MAP_MARGIN * np.abs(weight).max()
-        np.testing.assert_allclose(layer.relative, weight / pole, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(layer.argument, weight, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(layer.gain, 1 / (1 - (weight / pole) ** 2), rtol=1e-4)
         weight = pole * np.arctanh(weight / pole)
     np.testing.assert_allclose(layer.excited, weight, rtol=1e-4, atol=1e-6)
 

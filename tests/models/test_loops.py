@@ -61,7 +61,7 @@ def alive(model):
 
 class PlainForm(Conv2d):
     def excited_weight(self):
-        return excite_weight(self.weight, self.steps, self.gate)
+        return excite_weight(self.weight, self.settings, self.gate)
 
 
 def twin(model):

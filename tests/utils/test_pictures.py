@@ -11,11 +11,13 @@ from utils.pictures import draw_gates, draw_weights
 def layer(name: str, gate: bool = True, mapped: bool = True) -> SimpleNamespace:
     rng = np.random.default_rng(0)
     raw = rng.normal(0, 1, (8, 3, 3, 3)).astype(np.float32)
-    relative = raw / (1.1 * np.abs(raw).max())
+    limit = 1.1 * np.abs(raw).max()
+    gain = 1 / (1 - (raw / limit) ** 2)
     constants = np.full((8, 1), 0.5) + np.arange(8)[:, None] / 100
     gates = constants + rng.normal(0, 0.01, (8, 1))
-    parts = {"gates": gates if gate else None, "constants": constants, "relative": relative if mapped else None}
-    return SimpleNamespace(name=name, raw=raw, excited=np.arctanh(relative), **parts)
+    parts = {"gates": gates if gate else None, "constants": constants}
+    parts |= {"argument": raw, "gain": gain} if mapped else {"argument": None, "gain": None}
+    return SimpleNamespace(name=name, raw=raw, excited=limit * np.arctanh(raw / limit), **parts)
 
 
 def test_gates():
@@ -51,10 +53,10 @@ def test_weights():
     figure = draw_weights(layers, "title")
     titles = ["first", "block.conv.0", "last", "the map", "gain, and where weights lie"]
     assert [axes.get_title() for axes in figure.axes[:5]] == titles
-    curve = {line.get_label(): line for line in figure.axes[3].get_lines()}["f(w) / MA"]
-    assert max(curve.get_ydata()) == pytest.approx(np.arctanh(1 / 1.1))
+    curve = {line.get_label(): line for line in figure.axes[3].get_lines()}["f(w) / M"]
+    assert np.abs(curve.get_ydata()).max() == pytest.approx(1.1 * np.arctanh(1 / 1.1))
     gains = {line.get_label(): line.get_ydata() for line in figure.axes[5].get_lines()}
-    assert gains["99.9th"] == pytest.approx([np.percentile(1 / (1 - layers[0].relative ** 2), 99.9)] * 3)
+    assert gains["99.9th"] == pytest.approx([np.percentile(layers[0].gain, 99.9)] * 3)
     shares = next(axes for axes in figure.axes if axes.get_ylabel() == "weights (%)")
     assert [patch.get_data().values.sum() for patch in shares.patches] == pytest.approx([100] * 3)
     assert len(draw_weights(layers[:1], "title").axes) == 5
@@ -64,7 +66,7 @@ def test_weights():
 def test_points_of_a_large_layer_are_of_all_its_channels():
     """20,000 of its 64,000 weights, each as large as its channel's number."""
     weights = np.repeat(np.arange(64.0), 1000).reshape(64, 40, 5, 5)
-    large = SimpleNamespace(name="large", raw=weights, excited=2 * weights, relative=None)
+    large = SimpleNamespace(name="large", raw=weights, excited=2 * weights, gain=None)
     (line,) = draw_weights([large], "title").axes[0].get_lines()
     assert len(line.get_xdata()) == 20_000
     assert {*line.get_xdata()} == {*range(64)}

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 import models
+from models.excitation import FORMULATIONS
 from models.imagenet.resnet import BasicBlock as Ours
 from models.imagenet.resnet import ResNet
-from models.layers import FORMULATIONS, fold
+from models.layers import fold
 from utils.checkpoint import load, load_weights
 
 TWINS = {
