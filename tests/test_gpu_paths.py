@@ -30,7 +30,7 @@ from utils.checkpoint import load
 from utils.data import Data
 from utils.errors import BadInput, NotFinite
 from utils.meters import Scores
-from utils.signals import Stop
+from utils.signals import ENDING, Stop
 from utils.workers import Batch
 
 CPU = [torch.device("cpu", index) for index in range(4)]  # as GPUs 0 to 3
@@ -216,12 +216,16 @@ def test_two_processes_and_their_ends(capfd, devices, fails, status):
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_workers_of_a_run_on_a_gpu_start_clean_and_load_the_same(images):
+def test_workers_of_a_run_on_a_gpu_start_clean_and_leave_signals_to_it(images):
     args = imagenet.build_parser().parse_args(["-d", str(images), *SIZES, "--epochs", "1"])
     found = []
     for device, args.workers in (("cpu", 0), ("cuda", 1)):
         source = Data(args, torch.device(device))
-        found.append([*itertools.chain.from_iterable(source.training(0)), *source.validation()])
+        found.append([*itertools.chain.from_iterable(source.training(0))])
+        for worker in loading.running:
+            for number in ENDING:  # a terminal, or timeout, sends them to the whole process group
+                os.kill(worker.pid, number)
+        found[-1] += source.validation()
     (worker,) = loading.running
     assert type(worker) is multiprocessing.get_context("forkserver").Process
     assert len(found[0]) == 6
