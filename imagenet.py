@@ -73,8 +73,10 @@ def build_parser() -> Parser:
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--cosine", **SWITCH, default=False, help="let the rate fall by half a cosine, in place of --schedule [no]")
     add("--warmup", **FACTOR, default=0.0, help="epochs over which the rate rises to --lr, step by step [%(default)s]")
-    add("--momentum", **FACTOR, default=0.9, help="of SGD [%(default)s]")
-    add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty [%(default)s]")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="[%(default)s]")
+    add("--momentum", **FACTOR, default=0.9, help="of SGD; AdamW's first beta [%(default)s]")
+    add("--beta2", **PROBABILITY, default=0.999, help="AdamW's second beta [%(default)s]")
+    add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty; of AdamW, decoupled [%(default)s]")
     add("--decay", choices=models.DECAYS, default="all", help="on what: weights spares biases, norms and gates [all]")
     add("--label-smoothing", **PROBABILITY, default=0.0, help="of the training loss [%(default)s]")
     add("--seed", "--manualSeed", **NATURAL, default=0, help="seeds weights, shuffles, crops and dropout [%(default)s]")
@@ -173,6 +175,19 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW over the model's parameters."""
+    groups = models.decay_groups(model, args.decay)
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(args.momentum, args.beta2), **settings)
+    sgd = torch.optim.SGD(groups, momentum=args.momentum, **settings)
+    for parameter in model.parameters() if args.momentum else ():
+        # A fused optimizer that skips its first step would keep an uninitialized buffer.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
 class Run:
     """What a checkpoint holds, and a resumed run goes on from."""
 
@@ -181,11 +196,7 @@ class Run:
         if args.compile:
             model.compile()
         self.network = distributed.parallel(Classifier(model, args.amp, args.channels_last), devices)
-        sgd = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-        self.optimizer = torch.optim.SGD(models.decay_groups(model, args.decay), args.lr, **sgd)
-        for parameter in model.parameters() if args.momentum else ():
-            # A fused optimizer that skips its first step would keep an uninitialized buffer.
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.optimizer = build_optimizer(args, model)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
         self.epoch, self.step = args.start_epoch, 0  # finished epochs, and steps of the next; after them, it validates
@@ -330,12 +341,19 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     values = distributed.total(torch.cat([sums, others]))
     run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
     run.read(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
-    # The device itself skips a step whose loss or norm is not finite, as a gradient scaler tells a fused optimizer.
-    run.optimizer.grad_scale, run.optimizer.found_inf = None, (~(values[0] + values[5]).isfinite()).float()
-    run.optimizer.step()
+    step_if(run.optimizer, (values[0] + values[5]).isfinite())
     scaler.update()
     run.optimizer.zero_grad()
     run.step += 1
+
+
+def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor) -> None:
+    """A step of a fused optimizer, which its device skips where the condition is false; the CPU doesn't wait for it.
+
+    So a gradient scaler tells it; torch has no other way.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+    optimizer.step()
 
 
 @torch.no_grad()

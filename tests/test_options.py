@@ -46,7 +46,9 @@ DEFAULTS = {
     "gamma": 0.1,
     "cosine": False,
     "warmup": 0.0,
+    "optimizer": "sgd",
     "momentum": 0.9,
+    "beta2": 0.999,
     "weight_decay": 1e-4,
     "decay": "all",
     "label_smoothing": 0.0,
@@ -162,12 +164,15 @@ def classes_of(images: torch.Tensor) -> torch.Tensor:
     return (images[:, 0].mean((1, 2)) > 0).long()
 
 
-def expected(seen, *, rates, iter_size=1, momentum=0.9, decay=1e-4, spares=False, smoothing=0.0) -> dict:
-    """The weights after steps of SGD with momentum and an L2 penalty, in torch alone."""
+def expected(
+    seen, *, rates, iter_size=1, momentum=0.9, beta2=None, decay=1e-4, spares=False, smoothing=0.0
+) -> dict[str, torch.Tensor]:
+    """The weights after steps of SGD with momentum and an L2 penalty, in torch alone; with beta2, of AdamW."""
     model = seen.first
     decayed = [name for name, _ in model.named_parameters() if name == "fc.weight" or "conv" in name or not spares]
     decayed = [name for name in decayed if not (spares and ("gate" in name or "bn" in name))]
     buffers = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    squares = copy.deepcopy(buffers)
     for step, rate in enumerate(rates):
         model.zero_grad()
         for images in seen.training[step * iter_size : (step + 1) * iter_size]:
@@ -177,9 +182,16 @@ def expected(seen, *, rates, iter_size=1, momentum=0.9, decay=1e-4, spares=False
             (loss / iter_size).backward()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                gradient = parameter.grad + (decay * parameter if name in decayed else 0)
-                buffers[name] = momentum * buffers[name] + gradient
-                parameter -= rate * buffers[name]
+                penalty = decay * parameter if name in decayed else 0
+                if beta2 is None:
+                    buffers[name] = momentum * buffers[name] + parameter.grad + penalty
+                    parameter -= rate * buffers[name]
+                else:  # arXiv 1711.05101, algorithm 2
+                    buffers[name] = momentum * buffers[name] + (1 - momentum) * parameter.grad
+                    squares[name] = beta2 * squares[name] + (1 - beta2) * parameter.grad**2
+                    mean = buffers[name] / (1 - momentum ** (step + 1))
+                    scale = (squares[name] / (1 - beta2 ** (step + 1))).sqrt() + 1e-8
+                    parameter -= rate * (mean / scale + penalty)
     return model.state_dict()
 
 
@@ -188,6 +200,13 @@ STEPS = {
     "": {"rates": [0.1] * 3},
     "--lr 0.02": {"rates": [0.02] * 3},
     "--lr 0.02 --momentum 0.5": {"rates": [0.02] * 3, "momentum": 0.5},
+    "--lr 0.002 --optimizer adamw": {"rates": [0.002] * 3, "beta2": 0.999},
+    "--lr 0.002 --optimizer adamw --momentum 0.5 --beta2 0.8 --weight-decay 30": {
+        "rates": [0.002] * 3,
+        "momentum": 0.5,
+        "beta2": 0.8,
+        "decay": 30,
+    },
     "--lr 0.02 --weight-decay 0.3": {"rates": [0.02] * 3, "decay": 0.3},
     "--lr 0.02 --weight-decay 0.3 --decay weights": {"rates": [0.02] * 3, "decay": 0.3, "spares": True},
     "--lr 0.02 --label-smoothing 0.3": {"rates": [0.02] * 3, "smoothing": 0.3},

@@ -87,6 +87,18 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert_same_run(tmp_path / "whole", run)
 
 
+def test_adamw_goes_on_in_the_middle_of_an_epoch(command, images, tmp_path, stop_after):
+    words = [*EXCITED, "-d", images, "--epochs", 2, "--optimizer", "adamw", "--decay", "weights"]
+    assert command(*words, "-c", tmp_path / "whole").status == 0
+    stop_after(2)
+    assert command(*words, "-c", tmp_path / "parts").status == 143
+    refused = command("--resume", tmp_path / "parts", "--optimizer", "sgd")
+    assert_refused(refused, "--optimizer sgd: ", "is of a run with --optimizer adamw")
+    assert command("--resume", tmp_path / "parts").status == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_refused(command(*words, "--momentum", 1), "--momentum 1.0: of --optimizer adamw, it is a beta")
+
+
 def test_a_validation_ends_at_a_signal(command, images, tmp_path, monkeypatch, stop_after):
     """After the batch in which it came, the first of three."""
     passes, create = [], models.create

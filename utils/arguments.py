@@ -34,6 +34,8 @@ ELSEWHERE = {
     "--lr-warmup-epochs": "--warmup",
     "--warmup-epochs": "--warmup",
     "--norm-weight-decay": "--decay weights, which spares norms",
+    "--opt": "--optimizer",
+    "--opt-betas": "--momentum and --beta2",
     "--smoothing": "--label-smoothing",
     "--amp-dtype": "--amp bf16, or fp16",
     "--torchcompile": "--compile",

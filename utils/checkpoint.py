@@ -25,6 +25,7 @@ Loaded, it also has its ``file``. What another trainer's file lacks is filled in
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -350,25 +351,48 @@ def _is_of_gate(name: str) -> bool:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore momentum; the rates are the command's.
+    """Restore an optimizer's state, such as momenta; rates and the like are the command's.
 
     Raises:
-        BadInput: it doesn't fit the run's parameters.
+        BadInput: it isn't that of such an optimizer of the run's parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    entries = saved["optimizer"]["state"]
-    momenta = [entries.get(index, {}).get("momentum_buffer") for index in range(len(entries))]
-    fits = len(momenta) in (0, len(parameters)) and all(
-        momentum is not None and momentum.is_floating_point() and momentum.shape == parameter.shape
-        for parameter, momentum in zip(parameters, momenta, strict=False)
-    )
-    if not fits:
+    state, kept = saved["optimizer"]["state"], _kept_by(optimizer)
+    if not state or not kept:
+        return
+    if len(state) != len(parameters) or not all(
+        _fits(state.get(index), parameter, kept) for index, parameter in enumerate(parameters)
+    ):
         raise BadInput(
             f"--resume: the optimizer in {saved['file']} doesn't fit this run's; --init takes the weights alone"
         )
-    for parameter, momentum in zip(parameters, momenta, strict=False):
-        # The fused optimizer assumes that both have one memory layout, which --channels-last may have changed.
-        optimizer.state[parameter] = {"momentum_buffer": torch.empty_like(parameter).copy_(momentum)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter in parameters:
+        for name, value in optimizer.state[parameter].items():
+            if value.shape == parameter.shape:
+                # A fused optimizer assumes that both have one memory layout, which --channels-last may have changed.
+                optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
+
+
+def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
+    """{name: whether it has its parameter's shape, and isn't one number} of what such an optimizer keeps of each."""
+    known = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in known}
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    probe = type(optimizer)([parameter], **options)
+    probe.step()
+    return {name: value.ndim > 0 for name, value in probe.state[parameter].items() if value is not None}
+
+
+def _fits(entry: dict | None, parameter: torch.Tensor, kept: dict[str, bool]) -> bool:
+    """Whether it is what an optimizer keeps of the parameter."""
+    return (
+        entry is not None
+        and entry.keys() == kept.keys()
+        and all(value.is_floating_point() for value in entry.values())
+        and all(entry[name].shape == (parameter.shape if is_like_it else ()) for name, is_like_it in kept.items())
+    )
 
 
 def load_scaler_and_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:

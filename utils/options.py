@@ -29,7 +29,7 @@ DEMO = {
 # Options that make the network, all of them keywords of models.create; a run can't change them.
 NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width", "stem")
 # Of those that a run can't change, what older runs don't name.
-OLDER = {"decay": "all", "stem": "large"}
+OLDER = {"decay": "all", "optimizer": "sgd", "stem": "large"}
 # Options that make a command one that doesn't train.
 OUTPUTS = ("evaluate", "export", "predictions", "visualize")
 # Options that say where a run begins.
@@ -156,7 +156,7 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
     epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
     is_done = trains and args.epochs < epochs and args.epochs <= done
     refuse(is_done, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left")
-    fixed = dict.fromkeys(("arch", "decay", *NETWORK), "of a run") if saved["options"] else {}
+    fixed = dict.fromkeys(("arch", "decay", "optimizer", *NETWORK), "of a run") if saved["options"] else {}
     if saved["step"] and trains:
         # The shuffle and the groups must go on as they were.
         fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
@@ -210,6 +210,8 @@ def check_training(args: argparse.Namespace) -> None:
     ended = args.start_epoch >= args.epochs
     refuse(ended, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
     refuse(args.warmup >= args.epochs, f"{typed(args, 'warmup')}: nothing is left of --epochs {args.epochs}")
+    is_beta = args.optimizer == "sgd" or args.momentum < 1
+    refuse(not is_beta, f"{typed(args, 'momentum')}: of --optimizer adamw, it is a beta; give a number below 1")
     ids = args.gpu_id.split(",")
     is_list = all(number.isdecimal() for number in ids) and len({*ids}) == len(ids)
     refuse(not is_list, f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1")

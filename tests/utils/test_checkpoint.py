@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import functools
 import os
 import random
 import resource
@@ -165,6 +166,46 @@ def test_momenta_are_those_of_their_weights_in_any_memory_layout():
         optimizer.step()
         steps.append(ours.weight)
     torch.testing.assert_close(*steps)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta"])
+def test_the_state_of_any_optimizer_is_restored(tmp_path, kind):
+    """To the last bit, and the steps that follow too, in another memory layout."""
+    torch.manual_seed(0)
+    x, convs = torch.randn(4, 2, 5, 5), [torch.nn.Conv2d(2, 3, 3)]
+    make = functools.partial(getattr(torch.optim, kind), lr=0.01, **{"momentum": 0.9} if kind == "SGD" else {})
+
+    def step(conv: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        conv(x).square().sum().backward()
+        optimizer.step()
+
+    optimizers = [make(convs[0].parameters())]
+    for _ in range(3):
+        step(convs[0], optimizers[0])
+    convs.append(copy.deepcopy(convs[0]).to(memory_format=torch.channels_last))
+    optimizers.append(make(convs[1].parameters()))
+    checkpoint.load_optimizer(optimizers[1], {"optimizer": copy.deepcopy(optimizers[0].state_dict()), "file": "x"})
+    before, after = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    for index, parameter in enumerate(convs[1].parameters()):
+        assert before[index].keys() == after[index].keys()
+        for name, value in before[index].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, after[index][name])
+                assert value.ndim == 0 or after[index][name].stride() == parameter.stride()
+    for conv, optimizer in zip(convs, optimizers, strict=True):
+        step(conv, optimizer)
+    torch.testing.assert_close(convs[0].weight, convs[1].weight)
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    conv = torch.nn.Conv2d(2, 3, 3)
+    conv(torch.randn(4, 2, 5, 5)).square().sum().backward()
+    sgd, adam = torch.optim.SGD(conv.parameters(), 0.1, 0.9), torch.optim.AdamW(conv.parameters())
+    sgd.step(), adam.step()
+    for ours, theirs in ((sgd, adam), (adam, sgd)):
+        with pytest.raises(BadInput, match="the optimizer in x doesn't fit this run's"):
+            checkpoint.load_optimizer(ours, {"optimizer": theirs.state_dict(), "file": "x"})
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
