@@ -29,6 +29,7 @@ from utils.data import Data
 from utils.errors import NotFinite, RunFailed
 from utils.logger import Logger
 from utils.meters import Progress, Reading, Scores
+from utils.optimizers import build_average, build_optimizer, load_optimizer, step_if
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
 from utils.signals import Stop, Stopped
@@ -78,6 +79,7 @@ def build_parser() -> Parser:
     add("--beta2", **PROBABILITY, default=0.999, help="AdamW's second beta [%(default)s]")
     add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty; of AdamW, decoupled [%(default)s]")
     add("--decay", choices=models.DECAYS, default="all", help="on what: weights spares biases, norms and gates [all]")
+    add("--ema", **PROBABILITY, default=0.0, help="validate a moving average of the weights, of this decay [0: none]")
     add("--label-smoothing", **PROBABILITY, default=0.0, help="of the training loss [%(default)s]")
     add("--seed", "--manualSeed", **NATURAL, default=0, help="seeds weights, shuffles, crops and dropout [%(default)s]")
 
@@ -175,24 +177,12 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the model's parameters."""
-    groups = models.decay_groups(model, args.decay)
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(args.momentum, args.beta2), **settings)
-    sgd = torch.optim.SGD(groups, momentum=args.momentum, **settings)
-    for parameter in model.parameters() if args.momentum else ():
-        # A fused optimizer that skips its first step would keep an uninitialized buffer.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
-
-
 class Run:
     """What a checkpoint holds, and a resumed run goes on from."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, data: Data, devices: list[torch.device]):
         self.args, self.model, self.data, self.devices = args, model, data, devices
+        self.average = build_average(args, model)
         if args.compile:
             model.compile()
         self.network = distributed.parallel(Classifier(model, args.amp, args.channels_last), devices)
@@ -232,6 +222,7 @@ class Run:
             "arch": self.args.arch,
             "classes": self.data.classes,
             "state_dict": self.model.state_dict(),
+            "ema": self.average.module.state_dict() if self.average else {},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "best_acc": self.best_acc,
@@ -250,7 +241,9 @@ class Run:
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.acc, self.best_acc = saved["acc"], saved["best_acc"]
         self.scores, self.log.rows = Scores(saved["sums"], len(self.data.classes), saved["seconds"]), saved["log"]
-        checkpoint.load_optimizer(self.optimizer, saved)
+        if self.average and saved["ema"]:
+            checkpoint.load_weights(self.average.module, saved | {"state_dict": saved["ema"]})
+        load_optimizer(self.optimizer, saved)
         checkpoint.load_scaler_and_random_state(self.scaler, saved)
         print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
         changes = options.changes(self.args, saved)
@@ -280,7 +273,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         label = f"Epoch {run.epoch + 1}/{args.epochs}"
         first_lr = learning_rate(args, run.epoch, 0, run.data.steps)
         train_epoch(run, folder, stop, label)
-        valid = validate(run.model, run.data, run.devices, stop)
+        valid = validate(run.average.module if run.average else run.model, run.data, run.devices, stop)
         if not math.isfinite(valid.loss):
             raise NotFinite(f"{label}, begun at learning rate {first_lr:g}: the validation loss is {valid.loss}")
         trained, run.scores = run.scores, Scores(classes=len(run.data.classes))
@@ -344,16 +337,9 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     step_if(run.optimizer, (values[0] + values[5]).isfinite())
     scaler.update()
     run.optimizer.zero_grad()
+    if run.average:
+        run.average.update_parameters(run.model)
     run.step += 1
-
-
-def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor) -> None:
-    """A step of a fused optimizer, which its device skips where the condition is false; the CPU doesn't wait for it.
-
-    So a gradient scaler tells it; torch has no other way.
-    """
-    optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
-    optimizer.step()
 
 
 @torch.no_grad()

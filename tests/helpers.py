@@ -181,9 +181,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         keys = "epoch", "step", "arch", "classes", "best_acc", "acc", "sums", "images", "val_images", "scaler"
         for key in keys:
             assert a[key] == b[key], key
-        assert list(a["state_dict"]) == list(b["state_dict"])
-        for key, value in a["state_dict"].items():
-            assert torch.equal(value, b["state_dict"][key]), key
+        for weights in ("state_dict", "ema"):
+            assert list(a[weights]) == list(b[weights])
+            assert all(torch.equal(value, b[weights][name]) for name, value in a[weights].items()), weights
         assert a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
         for index, state in a["optimizer"]["state"].items():
             assert state.keys() == b["optimizer"]["state"][index].keys()
@@ -204,10 +204,10 @@ def scores(run: Path) -> list[list[str]]:
 
 
 def assert_close(one: Path, other: Path, bound: float) -> None:
-    """Weights, momentum and log differ by no more than the bound, relative to the largest of each."""
+    """Weights, their average, momentum and log differ by no more than the bound, relative to the largest of each."""
     a, b = checkpoint(one), checkpoint(other)
     assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
-    pairs = [(value, b["state_dict"][name]) for name, value in a["state_dict"].items()]
+    pairs = [(value, b[key][name]) for key in ("state_dict", "ema") for name, value in a[key].items()]
     momenta = b["optimizer"]["state"]
     pairs += [(s["momentum_buffer"], momenta[index]["momentum_buffer"]) for index, s in a["optimizer"]["state"].items()]
     for value, same in pairs:
@@ -228,6 +228,7 @@ def tiny_checkpoint(epoch: int = 1) -> dict:
         "arch": "linear",
         "classes": ["a", "b", "c"],
         "state_dict": model.state_dict(),
+        "ema": {},
         "optimizer": optimizer.state_dict(),
         "scaler": {},
         "best_acc": 50.0,

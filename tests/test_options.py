@@ -51,6 +51,7 @@ DEFAULTS = {
     "beta2": 0.999,
     "weight_decay": 1e-4,
     "decay": "all",
+    "ema": 0.0,
     "label_smoothing": 0.0,
     "seed": 0,
     "checkpoint": None,
@@ -227,6 +228,25 @@ def test_steps_are_those_of_the_textbook(train, words):
     for name, value in seen.saved["state_dict"].items():
         moved = (weights[name] - first[name]).norm()
         assert (value - weights[name]).norm() <= 2e-3 * moved, name
+
+
+def test_the_moving_average_of_the_weights(train, tmp_path):
+    """Of decay 0.6, over the three steps, from the first weights on; its loss is the validation's."""
+    seen = train("--lr 0.02 --ema 0.6")
+    average = {name: value.clone() for name, value in seen.first.state_dict().items()}
+    for steps in (1, 2, 3):
+        weights = expected(
+            SimpleNamespace(first=copy.deepcopy(seen.first), training=seen.training), rates=steps * [0.02]
+        )
+        average = {name: 0.6 * value + 0.4 * weights[name] for name, value in average.items()}
+    model = copy.deepcopy(seen.first)
+    for name, value in seen.saved["ema"].items():
+        moved = (average[name] - model.state_dict()[name]).norm()
+        assert (value - average[name]).norm() <= 2e-3 * moved, name
+    model.load_state_dict(seen.saved["ema"])
+    images = torch.cat(seen.validation)
+    loss = nn.functional.cross_entropy(model.eval()(images), classes_of(images))
+    assert read_log(tmp_path / "run" / "log.txt")[0]["Valid Loss"] == pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_the_validation_loss_is_that_of_the_labels(train, tmp_path):

@@ -99,6 +99,35 @@ def test_adamw_goes_on_in_the_middle_of_an_epoch(command, images, tmp_path, stop
     assert_refused(command(*words, "--momentum", 1), "--momentum 1.0: of --optimizer adamw, it is a beta")
 
 
+def test_a_moving_average_goes_on_and_is_what_is_evaluated(command, images, tmp_path, stop_after):
+    """And exported, drawn, and begun with; one that is new in a run begins with the weights of the time."""
+    words = [*BATCH_NORM, "-d", images, "--epochs", 2, "--ema", 0.9]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(*words, "-c", whole).status == 0
+    stop_after(2)
+    assert command(*words, "-c", parts).status == 143
+    assert command("--resume", parts).status == 0
+    assert_same_run(whole, parts)
+    saved = checkpoint(whole)
+    weights, average = saved["state_dict"]["0.weight"], saved["ema"]["0.weight"]
+    assert not torch.equal(weights, average)
+    assert not torch.equal(saved["state_dict"]["1.running_mean"], saved["ema"]["1.running_mean"])
+    ended = command("-e", "--resume", whole)
+    assert f"loss {saved['log'][-1][2]:.4f} top-1 {saved['acc']:.2f}" in ended.out.splitlines()[-1]
+    assert f"{whole / LAST}: the moving average of its weights is taken\n" in ended.out
+    assert command("--resume", whole, "--export", tmp_path / "plain.pth").status == 0
+    assert torch.equal(torch.load(tmp_path / "plain.pth", weights_only=True)["0.weight"], average)
+    begin = ["-d", images, "--epochs", 1, "--lr", 0]
+    assert command(*BATCH_NORM, *begin, "--init", whole / LAST, "-c", tmp_path / "begun").status == 0
+    assert torch.equal(checkpoint(tmp_path / "begun")["state_dict"]["0.weight"], average)
+    # Without its average, the run goes on with its weights, and so does a new average.
+    assert command("--resume", whole, "--ema", 0, "--lr", 0, "--epochs", 3).status == 0
+    assert checkpoint(whole)["ema"] == {}
+    assert torch.equal(checkpoint(whole)["state_dict"]["0.weight"], weights)
+    assert command("--resume", whole, "--ema", 0.9, "--lr", 0, "--epochs", 4).status == 0
+    assert torch.equal(checkpoint(whole)["ema"]["0.weight"], weights)
+
+
 def test_a_validation_ends_at_a_signal(command, images, tmp_path, monkeypatch, stop_after):
     """After the batch in which it came, the first of three."""
     passes, create = [], models.create

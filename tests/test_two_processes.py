@@ -69,7 +69,7 @@ def in_two(body: Callable[[int], object], meets: bool = True, port: int = 0) -> 
 
 def test_a_run_of_two_is_that_of_one(float64, images, tmp_path, stop_after):
     """With a dropout of 0, as each process has its own; a signal to the second one stops both."""
-    words = [*EXCITED, "-d", images, "--epochs", 2, "--iter-size", 1]
+    words = [*EXCITED, "-d", images, "--epochs", 2, "--iter-size", 1, "--ema", 0.8]
     assert run_command(*words, "-c", tmp_path / "one") == 0
 
     def stopped(rank):

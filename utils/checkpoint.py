@@ -7,6 +7,7 @@ A checkpoint of this trainer is a dict with
     arch         the architecture's name
     classes      class names (NFC) in the order of the logits
     state_dict   weights and buffers, without DataParallel's prefix
+    ema          their moving average, with the same keys; empty without --ema and in older ones
     optimizer    the optimizer's state_dict
     scaler       the gradient scaler's state_dict, empty without --amp fp16
     best_acc     the best validation top-1 so far, percent
@@ -25,7 +26,6 @@ Loaded, it also has its ``file``. What another trainer's file lacks is filled in
 """
 
 import contextlib
-import inspect
 import io
 import json
 import math
@@ -54,8 +54,10 @@ KEYS = {
     **dict.fromkeys(("best_acc", "acc", "seconds"), float),
     **dict.fromkeys(("arch", "images", "val_images"), str),
     **dict.fromkeys(("classes", "sums", "log"), list),
-    **dict.fromkeys(("state_dict", "optimizer", "scaler", "rng", "options", "versions"), dict),
+    **dict.fromkeys(("state_dict", "ema", "optimizer", "scaler", "rng", "options", "versions"), dict),
 }
+# What older checkpoints lack. FORMAT rises only where they can't be read any more; keys of newer ones are passed over.
+LACKING = {"val_images": "", "seconds": 0.0, "ema": {}}
 WEIGHTS = ("state_dict", "model", "model_state_dict", "net")  # where other trainers have them, if not on top
 WRAPPERS = {"module", "_orig_mod"}  # what DataParallel and torch.compile put into names
 
@@ -75,7 +77,7 @@ def serialize(checkpoint: dict) -> memoryview:
     Raises:
         NotFinite: weights or momenta are not finite, and no run could go on from them.
     """
-    states = [checkpoint["state_dict"], *checkpoint["optimizer"]["state"].values()]
+    states = [checkpoint["state_dict"], checkpoint["ema"], *checkpoint["optimizer"]["state"].values()]
     tensors = [value for state in states for value in state.values() if value is not None and value.is_floating_point()]
     if not math.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf)):
         raise NotFinite(f"epoch {checkpoint['epoch'] + 1}, step {checkpoint['step']}: the weights are not finite")
@@ -130,8 +132,7 @@ def load(file: Path) -> dict:
     elif checkpoint["format"] != FORMAT:
         raise BadInput(f"{file} has format {checkpoint['format']}; this version reads format {FORMAT}")
     else:
-        for key, value in (("val_images", ""), ("seconds", 0.0)):
-            checkpoint.setdefault(key, value)
+        checkpoint = LACKING | checkpoint
         unusable = [key for key, kind in KEYS.items() if not _is_a(checkpoint.get(key), kind)]
         unusable = unusable or _out_of_bounds(checkpoint)
         if unusable:
@@ -145,8 +146,8 @@ def load(file: Path) -> dict:
             if isinstance(value, Opaque):
                 raise needs_code(file, value.name, f"[{json.dumps(name)}]")
         raise BadInput(f"{file} holds no weights: give another file")
-    for name, value in state.items():
-        if not _is_finite(value):
+    for name, value in (*state.items(), *checkpoint["ema"].items()):
+        if not isinstance(value, torch.Tensor) or not _is_finite(value):
             raise damaged(file, f"{name} is not of finite numbers alone")
     return checkpoint | {"file": file}
 
@@ -173,6 +174,7 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "arch": "",
         "classes": [],
         "state_dict": state,
+        "ema": {},
         "optimizer": optimizer if has_optimizer else {"state": {}},
         "scaler": {},
         "best_acc": -1.0 if best_acc is None else best_acc,
@@ -283,6 +285,13 @@ def describe(saved: dict, epochs: int, steps: int) -> str:
     return text
 
 
+def take_average(saved: dict) -> None:
+    """Let a checkpoint's moving average, if it has one, be its weights: those that its accuracies are of."""
+    if saved["ema"]:
+        saved["state_dict"] = saved["ema"]
+        print(f"{saved['file']}: the moving average of its weights is taken")
+
+
 def load_weights(model: torch.nn.Module, saved: dict, flag: str = "--resume") -> None:
     """Load all of the model's weights from the checkpoint's, in the model's types.
 
@@ -348,51 +357,6 @@ def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifi
 
 def _is_of_gate(name: str) -> bool:
     return ".gate." in f".{name}"
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Restore an optimizer's state, such as momenta; rates and the like are the command's.
-
-    Raises:
-        BadInput: it isn't that of such an optimizer of the run's parameters.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state, kept = saved["optimizer"]["state"], _kept_by(optimizer)
-    if not state or not kept:
-        return
-    if len(state) != len(parameters) or not all(
-        _fits(state.get(index), parameter, kept) for index, parameter in enumerate(parameters)
-    ):
-        raise BadInput(
-            f"--resume: the optimizer in {saved['file']} doesn't fit this run's; --init takes the weights alone"
-        )
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter in parameters:
-        for name, value in optimizer.state[parameter].items():
-            if value.shape == parameter.shape:
-                # A fused optimizer assumes that both have one memory layout, which --channels-last may have changed.
-                optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
-
-
-def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
-    """{name: whether it has its parameter's shape, and isn't one number} of what such an optimizer keeps of each."""
-    known = inspect.signature(type(optimizer)).parameters
-    options = {name: value for name, value in optimizer.defaults.items() if name in known}
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.zeros(2)
-    probe = type(optimizer)([parameter], **options)
-    probe.step()
-    return {name: value.ndim > 0 for name, value in probe.state[parameter].items() if value is not None}
-
-
-def _fits(entry: dict | None, parameter: torch.Tensor, kept: dict[str, bool]) -> bool:
-    """Whether it is what an optimizer keeps of the parameter."""
-    return (
-        entry is not None
-        and entry.keys() == kept.keys()
-        and all(value.is_floating_point() for value in entry.values())
-        and all(entry[name].shape == (parameter.shape if is_like_it else ()) for name, is_like_it in kept.items())
-    )
 
 
 def load_scaler_and_random_state(scaler: torch.amp.GradScaler, saved: dict) -> None:

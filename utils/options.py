@@ -62,6 +62,9 @@ def resolve(
         refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
     saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
     run = of_checkpoint(parser, saved) if saved else {}
+    for source in (saved if {*OUTPUTS} & given.keys() else None, init):
+        if source:
+            checkpoint.take_average(source)
     if init:  # of the options of its run, if it has them, those that make the network
         options = of_checkpoint(parser, init, "--init")
         run = {name: options[name] for name in ("arch", *NETWORK) if name in options}

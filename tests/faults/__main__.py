@@ -69,6 +69,7 @@ TESTS = {
     "utils/images.py": "utils/test_images.py utils/test_data.py test_options.py",
     "utils/logger.py": "utils/test_logger.py test_study.py test_imagenet.py",
     "utils/meters.py": "utils/test_meters.py utils/test_logger.py test_gpu_paths.py test_imagenet.py",
+    "utils/optimizers.py": "utils/test_checkpoint.py test_options.py test_resuming.py test_gpu_paths.py",
     "utils/options.py": "utils/test_options.py test_options.py test_fine_tuning.py test_imagenet.py test_resuming.py",
     "utils/outputs.py": "test_visualize.py test_imagenet.py",
     "utils/pictures.py": "utils/test_pictures.py test_visualize.py",

@@ -29,6 +29,7 @@ from utils import checkpoint
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, initialize, load, load_weights, serialize, versions
 from utils.distributed import shortest
 from utils.errors import BadInput, RunFailed
+from utils.optimizers import load_optimizer
 from utils.reading import read
 
 # --- files of other trainers, tools and times
@@ -145,7 +146,7 @@ def test_momenta_of_others(tmp_path, is_old):
     saved = load(tmp_path / "file")
     assert saved["missing"] == ["options", "classes", "log", "best top-1", "random state"]
     ours = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    checkpoint.load_optimizer(ours, saved)
+    load_optimizer(ours, saved)
     for parameter in model.parameters():
         assert torch.equal(*(one.state[parameter]["momentum_buffer"] for one in (ours, optimizer)))
 
@@ -160,7 +161,7 @@ def test_momenta_are_those_of_their_weights_in_any_memory_layout():
     for layout in (torch.contiguous_format, torch.channels_last):
         ours = copy.deepcopy(conv).to(memory_format=layout)
         optimizer = torch.optim.SGD(ours.parameters(), 0.1, 0.9, fused=True)
-        checkpoint.load_optimizer(optimizer, {"optimizer": before.state_dict(), "file": "x"})
+        load_optimizer(optimizer, {"optimizer": before.state_dict(), "file": "x"})
         ours.zero_grad()
         ours(x).square().sum().backward()
         optimizer.step()
@@ -185,7 +186,7 @@ def test_the_state_of_any_optimizer_is_restored(tmp_path, kind):
         step(convs[0], optimizers[0])
     convs.append(copy.deepcopy(convs[0]).to(memory_format=torch.channels_last))
     optimizers.append(make(convs[1].parameters()))
-    checkpoint.load_optimizer(optimizers[1], {"optimizer": copy.deepcopy(optimizers[0].state_dict()), "file": "x"})
+    load_optimizer(optimizers[1], {"optimizer": copy.deepcopy(optimizers[0].state_dict()), "file": "x"})
     before, after = (optimizer.state_dict()["state"] for optimizer in optimizers)
     for index, parameter in enumerate(convs[1].parameters()):
         assert before[index].keys() == after[index].keys()
@@ -205,7 +206,7 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     sgd.step(), adam.step()
     for ours, theirs in ((sgd, adam), (adam, sgd)):
         with pytest.raises(BadInput, match="the optimizer in x doesn't fit this run's"):
-            checkpoint.load_optimizer(ours, {"optimizer": theirs.state_dict(), "file": "x"})
+            load_optimizer(ours, {"optimizer": theirs.state_dict(), "file": "x"})
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -375,7 +376,7 @@ def restore(file: Path) -> dict:
     model = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
     checkpoint.load_weights(model, saved)
-    checkpoint.load_optimizer(optimizer, saved)
+    load_optimizer(optimizer, saved)
     checkpoint.load_scaler_and_random_state(torch.amp.GradScaler("cpu", enabled=False), saved)
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     return saved | {"state_dict": dict(model.state_dict()), "optimizer": momenta, "file": ""}
@@ -534,9 +535,11 @@ def test_a_scaler_that_is_none(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_written(value):
-    for is_weight in (True, False):
+    for place in ("weights", "average", "momentum"):
         saved = tiny_checkpoint()
-        tensor = saved["state_dict"]["weight"] if is_weight else saved["optimizer"]["state"][0]["momentum_buffer"]
-        tensor[0, 1] = value
+        saved["ema"] = copy.deepcopy(saved["state_dict"])
+        tensors = {"weights": saved["state_dict"]["weight"], "average": saved["ema"]["weight"]}
+        tensors["momentum"] = saved["optimizer"]["state"][0]["momentum_buffer"]
+        tensors[place][0, 1] = value
         with pytest.raises(RunFailed, match="not finite"):
             serialize(saved)

@@ -1,0 +1,87 @@
+"""The optimizer of a run and the moving average of its weights: how they are built, step, and are restored."""
+
+import argparse
+import inspect
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import models
+from utils.errors import BadInput
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW over the model's parameters."""
+    groups = models.decay_groups(model, args.decay)
+    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(args.momentum, args.beta2), **settings)
+    sgd = torch.optim.SGD(groups, momentum=args.momentum, **settings)
+    for parameter in model.parameters() if args.momentum else ():
+        # A fused optimizer that skips its first step would keep an uninitialized buffer.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def build_average(args: argparse.Namespace, model: nn.Module) -> AveragedModel | None:
+    """The moving average of weights and buffers, from the first ones on; None without --ema."""
+    if args.ema == 0:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    average.n_averaged.fill_(1)  # at 0, the first step's weights would take the place of the first ones
+    return average
+
+
+def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor) -> None:
+    """A step of a fused optimizer, which its device skips where the condition is false; the CPU doesn't wait for it.
+
+    So a gradient scaler tells it; torch has no other way.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+    optimizer.step()
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Restore an optimizer's state, such as momenta; rates and the like are the command's.
+
+    Raises:
+        BadInput: it isn't that of such an optimizer of the run's parameters.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state, kept = saved["optimizer"]["state"], _kept_by(optimizer)
+    if not state or not kept:
+        return
+    if len(state) != len(parameters) or not all(
+        _fits(state.get(index), parameter, kept) for index, parameter in enumerate(parameters)
+    ):
+        raise BadInput(
+            f"--resume: the optimizer in {saved['file']} doesn't fit this run's; --init takes the weights alone"
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter in parameters:
+        for name, value in optimizer.state[parameter].items():
+            if value.shape == parameter.shape:
+                # A fused optimizer assumes that both have one memory layout, which --channels-last may have changed.
+                optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
+
+
+def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
+    """{name: whether it has its parameter's shape, and isn't one number} of what such an optimizer keeps of each."""
+    known = inspect.signature(type(optimizer)).parameters
+    options = {name: value for name, value in optimizer.defaults.items() if name in known}
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.zeros(2)
+    probe = type(optimizer)([parameter], **options)
+    probe.step()
+    return {name: value.ndim > 0 for name, value in probe.state[parameter].items() if value is not None}
+
+
+def _fits(entry: dict | None, parameter: torch.Tensor, kept: dict[str, bool]) -> bool:
+    """Whether it is what an optimizer keeps of the parameter."""
+    return (
+        entry is not None
+        and entry.keys() == kept.keys()
+        and all(value.is_floating_point() for value in entry.values())
+        and all(entry[name].shape == (parameter.shape if is_like_it else ()) for name, is_like_it in kept.items())
+    )
