@@ -25,13 +25,14 @@ from models.layers import excited_once, fold
 from utils import checkpoint, command, distributed, options, outputs, workers
 from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
 from utils.classifier import Classifier, classify
-from utils.data import Data
+from utils.data import Data, image_folders
 from utils.errors import NotFinite, RunFailed
 from utils.logger import Logger
 from utils.meters import Progress, Reading, Scores
 from utils.optimizers import build_average, build_optimizer, load_optimizer, step_if
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
+from utils.samples import Source
 from utils.signals import Stop, Stopped
 from utils.words import counted
 from utils.workers import Batch
@@ -104,8 +105,8 @@ def build_parser() -> Parser:
 
 
 @workers.ended()
-def main(argv: list[str]) -> int:
-    """One command, whose steps follow in their order; returns the exit status."""
+def main(argv: list[str], source: Source = image_folders) -> int:
+    """One command, whose steps follow in their order; returns the exit status. The source gives the images."""
     args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
     if args.export or args.visualize:
         if distributed.RANK == 0:
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
     if not args.evaluate:
         folder = RunFolder(args.checkpoint, saved, args.resume, args.overwrite)  # early, as it may be refused
     devices = distributed.join(args)
-    data = Data(args, devices[0], saved)
+    data = Data(args, devices[0], saved, source)
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved or init)
     if args.evaluate:

@@ -24,6 +24,7 @@ from utils import command
 from utils.arguments import Parser, number
 from utils.data import MEAN, STD
 from utils.folders import ImageFolder
+from utils.samples import Samples
 
 IMAGES = 256
 SIZE = 224
@@ -56,7 +57,8 @@ def core_table(folder: Path, seconds: float) -> list[list[str]]:
     augment = transforms.Compose([transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip(), *to_tensor])
     center = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(SIZE), *to_tensor])
     their_train, their_val = (torchvision.datasets.ImageFolder(folder, way) for way in (augment, center))
-    train, val = ImageFolder(folder, SIZE, seed=0), ImageFolder(folder, SIZE)
+    images = ImageFolder(folder)
+    train, val = Samples(images, SIZE, seed=0), Samples(images, SIZE)
     decoding, indices = "decoding alone", range(IMAGES)
     runs = {
         decoding: lambda: drop(decode_jpeg(read_file(val.path(index))) for index in indices),

@@ -242,7 +242,7 @@ def settings_of(args: argparse.Namespace, stored: dict | None) -> dict:
             raise BadInput(f"{flag(name)}: it is the study's to set; leave it out")
     settings = {
         "data": Path(args.data).absolute().name,
-        "images": {split: ImageFolder(Path(args.data, split), 1).digest() for split in (TRAIN, VAL)},
+        "images": {split: ImageFolder(Path(args.data, split)).digest() for split in (TRAIN, VAL)},
         "recipe": [*RECIPE.split(), *args.options],
         "rates": args.rates,
         "versions": versions(),

@@ -99,6 +99,10 @@ def test_dataparallel_validates_every_image_and_sends_the_weights_once(gpus):
     assert gpus.scattered == 6 * [torch.uint8]
 
 
+def test_a_validation_has_its_seconds():
+    assert validate(network(), batches(4, 8), CPU[:1]).seconds > 0
+
+
 def test_the_peak_of_memory_is_that_of_the_fullest_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: (5, 7, 6)[device.index])
     assert distributed.peak_memory([torch.device("cuda", index) for index in range(3)]) == 7

@@ -45,7 +45,7 @@ def test_a_row_for_each_image(command, images, run, tmp_path):
 
 def test_a_wrong_guess_is_never_of_the_first_rank(tmp_path):
     """Of two logits that are equal, the guess is one, and the class the other."""
-    data = Namespace(classes=["a", "b", "c"], folders={"val": Namespace(path="{}".format)})
+    data = Namespace(classes=["a", "b", "c"], images={"val": Namespace(path="{}".format)})
     predictions, logits = Predictions(data), torch.tensor([[1.0, 1.0, 0.0]])
     for index in (0, 1):
         predictions.add(Batch(logits, torch.tensor([index]), 0, [], indices=[index]), logits)
@@ -54,7 +54,7 @@ def test_a_wrong_guess_is_never_of_the_first_rank(tmp_path):
 
 
 def test_a_name_that_is_no_text_is_written_as_it_is(tmp_path):
-    data = Namespace(classes=["a"], folders={"val": Namespace(path=lambda index: os.fsdecode(b"\xff.jpg"))})
+    data = Namespace(classes=["a"], images={"val": Namespace(path=lambda index: os.fsdecode(b"\xff.jpg"))})
     predictions, logits = Predictions(data), torch.ones(1, 1)
     predictions.add(Batch(logits, torch.tensor([0]), 0, [], indices=[0]), logits)
     predictions.report(tmp_path / "rows.tsv")
@@ -64,7 +64,7 @@ def test_a_name_that_is_no_text_is_written_as_it_is(tmp_path):
 def test_ranks_and_the_worst_of_many_classes(tmp_path, capsys):
     """Of two images a class, the first of class c has c classes before its own; the second is right."""
     classes = [f"c{label:02}" for label in range(21)]
-    data = Namespace(classes=classes, folders={"val": Namespace(path="/images/a tab\t{}.jpg".format)})
+    data = Namespace(classes=classes, images={"val": Namespace(path="/images/a tab\t{}.jpg".format)})
     predictions = Predictions(data)
     for label in reversed(range(21)):
         logits = torch.stack([torch.arange(21.0).neg(), torch.eye(21)[label]])

@@ -1,4 +1,4 @@
-"""Image folders to batches of uint8 pixels, by random numbers that depend on (seed, epoch, index) alone."""
+"""Images to batches of uint8 pixels, by random numbers that depend on (seed, epoch, index) alone."""
 
 import argparse
 import contextlib
@@ -18,15 +18,16 @@ from torch.utils.data import DataLoader
 from utils import distributed
 from utils.demo import draw_demo
 from utils.errors import BadInput, RunFailed
-from utils.folders import ImageFolder, alike, check_same_classes, shuffle
+from utils.folders import ImageFolder, alike, check_same_classes
 from utils.images import ignore_warnings
+from utils.samples import Images, Samples, Source, shuffle
 from utils.signals import held, waiting
 from utils.words import counted
 from utils.workers import (
     PREFETCHED,
     Batch,
-    Folders,
     Key,
+    Parts,
     collate,
     running,
     start_worker,
@@ -39,6 +40,14 @@ STD = (0.229, 0.224, 0.225)
 TRAIN, VAL = "train", "val"
 
 
+def image_folders(folder: str, part: str) -> ImageFolder:
+    """The usual source: train/CLASS/ and val/CLASS/."""
+    parent = Path(folder).parent
+    if not os.path.exists(Path(folder, VAL)) and Path(parent, VAL).is_dir():
+        raise BadInput(f"--data: {folder} has no folder {VAL}; did you mean {parent}?")
+    return ImageFolder(Path(folder, part))
+
+
 class Data:
     """The images of a command, and their batches in the order in which it takes them.
 
@@ -46,12 +55,19 @@ class Data:
         args: the command's options.
         device: the network's first one.
         saved: the checkpoint that the command begins with.
+        source: gives the images of --data.
 
     Raises:
         BadInput: --data can't be used, or not with these options or this checkpoint.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, saved: dict | None = None):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        device: torch.device,
+        saved: dict | None = None,
+        source: Source = image_folders,
+    ):
         self.args, self.device = args, device
         self.waited = 0.0  # seconds for batches that were not there yet
         self.batches: Iterator[Batch] | None = None  # one stream, so that workers never wait at an epoch's end
@@ -59,34 +75,31 @@ class Data:
             print(f"Drawing the demo data into {args.data}")
             draw_demo(args.data)
         distributed.wait()  # for the one that draws
-        parent = Path(args.data).parent
-        if not os.path.exists(Path(args.data, VAL)) and Path(parent, VAL).is_dir():
-            raise BadInput(f"--data: {args.data} has no folder {VAL}; did you mean {parent}?")
         start = time.monotonic()
-        self.folders = {VAL: ImageFolder(Path(args.data, VAL), args.image_size)}
-        self.classes = self.folders[VAL].classes
+        self.images: dict[str, Images] = {VAL: source(args.data, VAL)}
+        self.classes = self.images[VAL].classes
         if saved and saved["classes"] not in ([], self.classes):
             raise BadInput(f"--data: the classes in {args.data} are not those that {saved['file']} was trained on")
         if not args.evaluate:
-            train = Path(args.data, TRAIN)
-            self.folders[TRAIN] = ImageFolder(train, args.image_size, args.seed, args.skip_bad_images)
-            check_same_classes(self.folders[TRAIN], self.folders[VAL])
-        counts = " and ".join(f"{len(folder):,} in {name}" for name, folder in self.folders.items())
+            self.images[TRAIN] = source(args.data, TRAIN)
+            check_same_classes(self.images[TRAIN], self.images[VAL])
+        counts = " and ".join(f"{len(images):,} in {name}" for name, images in self.images.items())
         classes = counted(len(self.classes), "class")
         print(f"Images: {counts}, {classes}; listed in {time.monotonic() - start:.1f} s")
         self._describe_oddities(saved)
-        self.digests = {name: folder.digest() for name, folder in self.folders.items()}
+        self.digests = {name: images.digest() for name, images in self.images.items()}
         self.step_images = args.train_batch * args.iter_size
         if not args.evaluate:
             self._check_steps(saved)
-        self.val_batches = math.ceil(len(self.folders[VAL]) / args.test_batch)
+        self.val_batches = math.ceil(len(self.images[VAL]) / args.test_batch)
         warn_of_shared_memory(args)
 
     def _describe_oddities(self, saved: dict | None) -> None:
         """Say what can be used, and is seldom meant."""
-        examples = [folder.example for folder in self.folders.values() if folder.passed_over]
+        folders = [images for images in self.images.values() if isinstance(images, ImageFolder)]
+        examples = [folder.example for folder in folders if folder.passed_over]
         if examples:
-            count = sum(folder.passed_over for folder in self.folders.values())
+            count = sum(folder.passed_over for folder in folders)
             print(f"Files passed over, for their names or as they are in no class: {count:,}, such as {examples[0]}")
         if len(self.classes) == 1:
             print(f"There is only one class, {self.classes[0]}: every answer is right, and training teaches nothing")
@@ -106,7 +119,7 @@ class Data:
 
     def _check_steps(self, saved: dict | None) -> None:
         """Say what an optimizer step is; refuse an epoch without one, and another shuffle in the middle of an epoch."""
-        args, images = self.args, len(self.folders[TRAIN])
+        args, images = self.args, len(self.images[TRAIN])
         self.steps, rest = divmod(images, self.step_images)  # the rest of the shuffle waits for another epoch's
         sizes = f"--train-batch {args.train_batch} x --iter-size {args.iter_size}"
         if self.steps == 0:
@@ -149,6 +162,14 @@ class Data:
             self.batches = self._load(self._validation_keys())
         return islice(self.batches, self.val_batches)
 
+    def _samples(self) -> dict[str, Samples]:
+        args = self.args
+        seeds = {TRAIN: args.seed, VAL: None}
+        return {
+            name: Samples(images, args.image_size, seeds[name], args.skip_bad_images)
+            for name, images in self.images.items()
+        }
+
     def _keys(self, epoch: int, step: int) -> Iterator[list[Key]]:
         """The samples of each batch from the step of the epoch on to the end of the run."""
         for number in range(epoch, self.args.epochs):
@@ -156,12 +177,12 @@ class Data:
             yield from self._validation_keys()
 
     def _training_keys(self, epoch: int, step: int) -> Iterator[list[Key]]:
-        order, size = shuffle(len(self.folders[TRAIN]), self.args.seed, epoch), self.args.train_batch
+        order, size = shuffle(len(self.images[TRAIN]), self.args.seed, epoch), self.args.train_batch
         for start in range(step * self.step_images, self.steps * self.step_images, size):
             yield [(TRAIN, epoch, index) for index in order[start : start + size].tolist()]
 
     def _validation_keys(self) -> Iterator[list[Key]]:
-        images, size = len(self.folders[VAL]), self.args.test_batch
+        images, size = len(self.images[VAL]), self.args.test_batch
         for start in range(0, images, size):
             yield [(VAL, 0, index) for index in range(start, min(start + size, images))]
 
@@ -181,7 +202,7 @@ class Data:
                 multiprocessing.resource_tracker.ensure_running()
         ignore_warnings()
         loader = DataLoader(
-            Folders(self.folders),
+            Parts(self._samples()),
             batch_sampler=map(distributed.share, keys),
             num_workers=workers,
             prefetch_factor=PREFETCHED if workers else None,

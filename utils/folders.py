@@ -1,57 +1,38 @@
-"""Folders of images, read as torchvision's ImageFolder reads them, and the samples that they hold."""
+"""Folders of images, listed as torchvision's ImageFolder lists them."""
 
 import bisect
 import contextlib
 import hashlib
 import os
-import random
 import unicodedata
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import BadInput
-from utils.images import BadImage, decode, random_resized_crop, read, resized_center_crop
+from utils.images import decode, read
 
 DOT = ord(".")
 AVIF = (".avif",) if ".avif" in Image.registered_extensions() else ()  # some builds of Pillow can't read it
 EXTENSIONS = tuple(extension.encode() for extension in (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe", *AVIF))
-REPLACEMENTS = 100  # images in a row that may be bad
 
 
-class Sample(NamedTuple):
-    """An image, (3, size, size), with its class, and why others before it could not be decoded."""
-
-    pixels: Tensor | None  # None: none could be
-    target: int
-    reasons: list[str]
-    failure: str | None = None  # of the machine, which is no fault of an image
-    index: int = -1  # in its folder
-
-
-class ImageFolder(Dataset):
-    """The images in ``folder``/CLASS/, at any depth, as :class:`Sample`; in the order of torchvision's ImageFolder.
+class ImageFolder:
+    """The images in ``folder``/CLASS/, at any depth, in the order of torchvision's ImageFolder.
 
     Links are followed. Hidden folders and files are no part of it, and other files are passed over.
-
-    An item's key is (epoch, index). With a seed it is a training set: the image is cropped and flipped at random, and
-    with ``skip_bad`` the next of the epoch's shuffle replaces one that can't be decoded. Without a seed, the image is
-    resized and cropped at its centre.
 
     Raises:
         BadInput: the folder is missing, has no classes, or has a class without images.
     """
 
-    def __init__(self, folder: str | Path, size: int, seed: int | None = None, skip_bad: bool = False):
-        self.size, self.seed, self.skip_bad = size, seed, skip_bad
+    def __init__(self, folder: str | Path):
         folders, others = _class_folders(str(folder))
         if not folders:
             raise BadInput(f"--data: {folder} has no class folders; images belong in {folder}/CLASS/")
@@ -89,37 +70,9 @@ class ImageFolder(Dataset):
         name = os.fsdecode(self.names.numpy()[start : ends[index]].tobytes())
         return os.path.join(self.class_folders[self.target(index)], name)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        reasons = []
-        for candidate in self._candidates(epoch, index):
-            path = self.path(candidate)
-            try:
-                image = decode(read(path))
-            except MemoryError:
-                raise
-            except Exception as error:  # decoders raise nearly every type there is
-                if isinstance(error, OSError) and error.errno is not None:  # the system's; decoders set none
-                    return Sample(None, -1, reasons, f"can't read the image {path}: {error.strerror}")
-                kind = "" if isinstance(error, BadImage) else f"{type(error).__name__}: "
-                reasons.append(" ".join(f"can't decode the image {path} ({kind}{error})".splitlines()))
-                continue
-            if self.seed is None:
-                pixels = resized_center_crop(image, self.size)
-            else:
-                # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
-                pixels = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
-            return Sample(pixels, self.target(candidate), reasons, index=candidate)
-        return Sample(None, -1, reasons)
-
-    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The image, and those that may replace it, as they follow in the epoch's shuffle."""
-        yield index
-        if self.seed is not None and self.skip_bad:
-            order = shuffle(len(self), self.seed, epoch)
-            (position,) = np.flatnonzero(order == index)
-            for step in range(1, min(REPLACEMENTS, len(self))):
-                yield int(order[(position + step) % len(self)])
+    def load(self, index: int) -> tuple[Tensor, int]:
+        """An image, uint8 (3, height, width), and its class."""
+        return decode(read(self.path(index))), self.target(index)
 
     def digest(self) -> str:
         """A fingerprint of the list of images, whatever folder it lies in."""
@@ -207,8 +160,3 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
                 f"--data: {name} has no folder for the class {missing[0]!r}{more}{''.join(likeness)}; "
                 "train and val must hold the same classes"
             )
-
-
-def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's images."""
-    return np.random.default_rng([seed, epoch]).permutation(images)

@@ -69,7 +69,7 @@ def decode(data: np.ndarray) -> Tensor:
         raise BadImage("it has no image format that is known") from error
     with image:
         pixels = _by_torchvision(image.format, data)
-        return pil_to_tensor(_rgb(image)) if pixels is None else pixels
+        return pil_to_tensor(rgb(image)) if pixels is None else pixels
 
 
 def _jpeg_size(data: np.ndarray) -> int:
@@ -91,7 +91,12 @@ def _by_torchvision(kind: str, data: np.ndarray) -> Tensor | None:
         return None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, of 8 bits.
+
+    Raises:
+        BadImage: its numbers have no known range.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # 16 bits, which convert() would clip
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))

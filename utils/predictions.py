@@ -57,7 +57,7 @@ class Predictions:
         table = csv.writer(stream := io.StringIO(), "excel-tab", lineterminator="\n")
         table.writerow(COLUMNS)
         for index, target, guess, probability, rank in rows:
-            path = self.data.folders[VAL].path(index)
+            path = self.data.images[VAL].path(index)
             table.writerow([path, classes[target], classes[guess], f"{probability:.4f}", rank])
         write_output("--predictions", file, stream.getvalue().encode(errors="surrogateescape"))
         print(f"{file}: a row for each of {len(rows)} images")

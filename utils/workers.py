@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from utils import distributed
 from utils.errors import RunFailed
-from utils.folders import ImageFolder, Sample
 from utils.images import ignore_warnings
+from utils.samples import Sample, Samples
 from utils.signals import ignore_in_worker, may_handle
 
 PREFETCHED = 2  # batches of a worker
@@ -41,18 +41,18 @@ class Batch(NamedTuple):
     bad: int
     reasons: list[str]
     failure: str | None = None  # of the machine, which ends the run
-    indices: Sequence[int] = ()  # of the images in their folder
+    indices: Sequence[int] = ()  # of the images in their part
 
 
-class Folders(Dataset):
-    """Both folders behind one kind of key, so that the same workers serve training and validation."""
+class Parts(Dataset):
+    """Both parts behind one kind of key, so that the same workers serve training and validation."""
 
-    def __init__(self, folders: dict[str, ImageFolder]):
-        self.folders = folders
+    def __init__(self, parts: dict[str, Samples]):
+        self.parts = parts
 
     def __getitem__(self, key: Key) -> Sample:
         split, *rest = key
-        return self.folders[split][tuple(rest)]
+        return self.parts[split][tuple(rest)]
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -77,6 +77,7 @@ TESTS = {
     "utils/reading.py": "utils/test_checkpoint.py test_gpu_paths.py",
     "utils/run_folder.py": "utils/test_run_folder.py test_resuming.py test_imagenet.py",
     "utils/signals.py": "utils/test_signals.py test_places.py test_resuming.py",
+    "utils/samples.py": "utils/test_data.py test_another_data_set.py test_options.py test_imagenet.py",
     "utils/start.py": "test_places.py test_resuming.py",
     "utils/workers.py": "utils/test_workers.py utils/test_data.py test_gpu_paths.py test_places.py test_resuming.py",
 }

@@ -26,8 +26,9 @@ from tests.formats import FORMATS
 from tests.helpers import ROOT, draw_folder
 from utils.data import TRAIN, VAL, Data
 from utils.errors import BadInput, RunFailed
-from utils.folders import ImageFolder, shuffle
+from utils.folders import ImageFolder
 from utils.images import random_resized_crop, resize
+from utils.samples import Samples, shuffle
 from utils.workers import end_workers
 
 
@@ -68,24 +69,24 @@ def test_the_list_leaves_out_what_is_hidden_and_has_a_digest_whatever_its_place(
         f"Files passed over, for their names or as they are in no class: 4, such as {folder}/0.jpg\n"
         in capsys.readouterr().out
     )
-    dataset = ImageFolder(folder, 32)
+    dataset = ImageFolder(folder)
     assert dataset.classes == ["ring", "target"]
     assert [dataset.target(index) for index in range(len(dataset))] == [0, 0, 0, 1, 1, 1, 1]
     assert paths(dataset) == list(map(str, sorted(folder.glob("[a-z]*/[0-9]*.jpg"))))
     # A worker gets no copy of the names: torch hands tensors over as shared memory.
     assert type(dataset.names) is type(dataset.ends) is torch.Tensor
-    assert dataset.digest() == ImageFolder(images / "val", 16).digest()
+    assert dataset.digest() == ImageFolder(images / "val").digest()
     # Checkpoints hold it.
     assert dataset.digest() == "89543296c6f6d83d85eacfc1b9205c5c9a7a27e863739795682ce7ec8318a222"
     (folder / "ring" / "0.jpg").unlink()
-    assert ImageFolder(folder, 32).digest() != dataset.digest()
+    assert ImageFolder(folder).digest() != dataset.digest()
 
 
 def test_every_format_that_can_be_decoded_is_listed(tmp_path):
     (tmp_path / "a").mkdir()
     for name in FORMATS:
         (tmp_path / "a" / name).touch()
-    assert sorted(paths(ImageFolder(tmp_path, 32))) == sorted(f"{tmp_path}/a/{name}" for name in FORMATS)
+    assert sorted(paths(ImageFolder(tmp_path))) == sorted(f"{tmp_path}/a/{name}" for name in FORMATS)
 
 
 def test_avif_is_no_image_where_pillow_can_not_read_it(monkeypatch):
@@ -107,7 +108,7 @@ def test_folders_at_any_depth_are_listed_as_torchvision_lists_them(tmp_path):
     (folder / "e" / "sibling").symlink_to(folder / "a")
     (folder / "e" / "7.jpg").symlink_to(elsewhere / "deep" / "6.jpg")
     theirs = datasets.ImageFolder(folder)
-    dataset = ImageFolder(folder, 32)
+    dataset = ImageFolder(folder)
     assert dataset.classes == theirs.classes
     assert list(zip(paths(dataset), map(dataset.target, range(len(dataset))), strict=True)) == theirs.samples
     # Where torchvision goes round until the system refuses, and leaves these names out.
@@ -115,7 +116,7 @@ def test_folders_at_any_depth_are_listed_as_torchvision_lists_them(tmp_path):
     for name in ("8.gif", "9.jfif", "A.JPE"):
         (folder / "10" / name).touch()
     more = [f"{folder}/10/{name}" for name in ("8.gif", "9.jfif", "A.JPE")]
-    assert paths(ImageFolder(folder, 32)) == [theirs.samples[0][0], *more, *(path for path, _ in theirs.samples[1:])]
+    assert paths(ImageFolder(folder)) == [theirs.samples[0][0], *more, *(path for path, _ in theirs.samples[1:])]
 
 
 @pytest.mark.parametrize("names, is_misleading", [(range(12), True), (range(10), False), (["10", "2", "x"], False)])
@@ -135,8 +136,8 @@ def test_classes_are_compared_in_one_unicode_form(tmp_path):
     (tmp_path / "train" / "ring").rename(tmp_path / "train" / apart)
     (tmp_path / "val" / "ring").rename(tmp_path / "val" / composed)
     source = data(tmp_path, saved={"classes": [composed, "target"], "step": 0})
-    assert source.classes == source.folders[TRAIN].classes == [composed, "target"]
-    assert all(map(os.path.isfile, paths(source.folders[TRAIN])))
+    assert source.classes == source.images[TRAIN].classes == [composed, "target"]
+    assert all(map(os.path.isfile, paths(source.images[TRAIN])))
     with pytest.raises(BadInput, match="are not those that FILE was trained on"):
         data(tmp_path, saved={"classes": ["cafe", "target"], "file": "FILE"})
     (tmp_path / "val" / apart).mkdir()
@@ -146,7 +147,7 @@ def test_classes_are_compared_in_one_unicode_form(tmp_path):
 
 def test_a_class_that_is_a_link_to_nothing_is_refused_and_one_class_alone_is_told(tmp_path, capsys):
     draw_folder(tmp_path, {"val": 1}, ("ring",))
-    assert len(data(tmp_path, "-e").folders[VAL]) == 1
+    assert len(data(tmp_path, "-e").images[VAL]) == 1
     assert "There is only one class, ring" in capsys.readouterr().out
     (tmp_path / "val" / "target").symlink_to(tmp_path / "nowhere")
     with pytest.raises(BadInput, match="val/target is a link to nothing"):
@@ -207,15 +208,15 @@ def test_what_is_told_of_the_steps(images, capsys, words, told, not_told):
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(images):
-    dataset = ImageFolder(images / "train", 32, seed=1)
+    dataset = Samples(ImageFolder(images / "train"), 32, seed=1)
     pixels = dataset[3, 5].pixels
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
     random.seed(7)
     torch.manual_seed(7)
     assert torch.equal(dataset[3, 5].pixels, pixels)
-    assert torch.equal(ImageFolder(images / "train", 32, seed=1)[3, 5].pixels, pixels)
+    assert torch.equal(Samples(ImageFolder(images / "train"), 32, seed=1)[3, 5].pixels, pixels)
     assert not torch.equal(dataset[4, 5].pixels, pixels)
-    assert not torch.equal(ImageFolder(images / "train", 32, seed=2)[3, 5].pixels, pixels)
+    assert not torch.equal(Samples(ImageFolder(images / "train"), 32, seed=2)[3, 5].pixels, pixels)
 
 
 @pytest.mark.parametrize("iter_size", [1, 2])
@@ -305,18 +306,19 @@ def test_the_order_is_whole_steps_of_each_epochs_shuffle(images):
 
 def test_a_bad_image_is_replaced_by_the_next_good_one_of_the_order(tmp_path):
     folder = draw_folder(tmp_path, {"train": 6}) / "train"
-    dataset, order = ImageFolder(folder, 32, seed=5, skip_bad=True), shuffle(13, 5, 1).tolist()
-    bad = [Path(dataset.path(order[position])) for position in (-2, -1)]  # after the last comes the first
+    images = ImageFolder(folder)
+    dataset, order = Samples(images, 32, seed=5, skip_bad=True), shuffle(13, 5, 1).tolist()
+    bad = [Path(images.path(order[position])) for position in (-2, -1)]  # after the last comes the first
     for path in bad:
         path.write_bytes(b"damaged")
     replaced = dataset[1, order[-2]]
     assert [str(path) in reason for path, reason in zip(bad, replaced.reasons, strict=True)] == [True, True]
-    assert (replaced.target, dataset[1, order[0]].reasons) == (dataset.target(order[0]), [])
+    assert (replaced.target, dataset[1, order[0]].reasons) == (images.target(order[0]), [])
 
 
 def test_where_no_image_can_replace_a_bad_one_a_run_ends(tmp_path, monkeypatch):
     """And doesn't go on with smaller batches; two in a row are bad."""
-    monkeypatch.setattr("utils.folders.REPLACEMENTS", 2)
+    monkeypatch.setattr("utils.samples.REPLACEMENTS", 2)
     draw_folder(tmp_path, {"train": 3, "val": 1})
     files = sorted((tmp_path / "train").glob("*/*"))
     for index in shuffle(len(files), 0, 0)[1:3]:
@@ -358,7 +360,7 @@ FAILURES = [("open", errno.ESTALE, 0, TRAIN, SKIP), ("open", errno.EIO, 0, VAL, 
 def test_a_failure_of_the_machine_is_never_a_bad_image(tmp_path, monkeypatch, place, number, workers, split, skip):
     draw_folder(tmp_path, {"train": 4, "val": 1})
     source = data(tmp_path, skip, "-j", workers)
-    path = source.folders[split].path(1)
+    path = source.images[split].path(1)
     fail(monkeypatch, place, number, path)
     with pytest.raises(RunFailed, match=f"can't read the image {path}: {os.strerror(number)}; mend that"):
         batches(source, 0, 0)
@@ -366,9 +368,9 @@ def test_a_failure_of_the_machine_is_never_a_bad_image(tmp_path, monkeypatch, pl
 
 def test_nor_is_one_while_it_decodes(images, monkeypatch):
     """Pillow imports most of its decoders when it first needs them."""
-    dataset = ImageFolder(images / "train", 32, seed=0, skip_bad=True)
+    dataset = Samples(ImageFolder(images / "train"), 32, seed=0, skip_bad=True)
     monkeypatch.setattr("utils.folders.decode", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
-    assert dataset[0, 0].failure == f"can't read the image {dataset.path(0)}: Too many open files"
+    assert dataset[0, 0].failure == f"can't read the image {dataset.images.path(0)}: Too many open files"
     monkeypatch.setattr("utils.folders.decode", Mock(side_effect=MemoryError))
     with pytest.raises(MemoryError):
         dataset[0, 0]
@@ -380,7 +382,7 @@ def test_a_bad_file_says_what_it_is(tmp_path):
         (folder / name).write_bytes(content)
     (folder / "3.jpg").mkdir()
     (folder / "4.jpg").symlink_to(tmp_path / "nowhere")
-    dataset = ImageFolder(tmp_path / "val", 32)
+    dataset = Samples(ImageFolder(tmp_path / "val"), 32)
     reasons = ["it is empty", "it has no image format that is known"]
     for index, reason in enumerate(reasons, 1):
         assert dataset[0, index].reasons == [f"can't decode the image {folder}/{index}.jpg ({reason})"]
@@ -402,4 +404,4 @@ def test_a_warning_of_a_library_makes_no_bad_image(tmp_path, monkeypatch):
 def test_a_link_up_gives_a_class_no_images_of_the_others(images, tmp_path):
     train = shutil.copytree(images / "train", tmp_path / "train")
     (train / "ring" / "up").symlink_to("..")
-    assert len(ImageFolder(train, 32)) == len(ImageFolder(images / "train", 32))
+    assert len(ImageFolder(train)) == len(ImageFolder(images / "train"))

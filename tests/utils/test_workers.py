@@ -13,7 +13,7 @@ import torch
 from tests.helpers import PATIENCE
 from utils import workers
 from utils.errors import RunFailed
-from utils.folders import Sample
+from utils.samples import Sample
 from utils.workers import collate, warn_of_shared_memory
 
 
