@@ -28,7 +28,7 @@ from utils.classifier import Classifier, classify
 from utils.data import Data, image_folders
 from utils.errors import NotFinite, RunFailed
 from utils.logger import Logger
-from utils.meters import Progress, Reading, Scores
+from utils.meters import Measured, Progress, Reading, Scores, Sums
 from utils.optimizers import build_average, build_optimizer, load_optimizer, step_if
 from utils.predictions import Predictions
 from utils.run_folder import RunFolder
@@ -204,15 +204,15 @@ class Run:
         """
         while len(self.unread) > behind:
             step, lr, values = self.unread.popleft()
-            *sums, norm, scale, stopping = values.read()
+            sums, norm, scale, stopping = Measured.of(values.read())
             self.is_stopping |= stopping > 0
-            loss, is_finite = sums[0] / sums[3], math.isfinite(norm)  # sums[3] counts the images
+            loss, is_finite = sums.loss / sums.images, math.isfinite(norm)
             # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
             may_overflow = self.scaler.is_enabled() and scale >= 2**-10
             if not math.isfinite(loss) or not (is_finite or may_overflow):
                 place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, learning rate {lr:g}"
                 raise NotFinite(f"{place}: the loss is {loss:.4g}, the largest gradient {norm:.4g}")
-            self.scores.add([*sums, float(not is_finite)])
+            self.scores.add(sums._replace(skipped=float(not is_finite)))
 
     def checkpoint(self) -> dict:
         """The state in plain tensors, numbers, strings, lists and dicts; utils/checkpoint.py says what each is."""
@@ -228,7 +228,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "best_acc": self.best_acc,
             "acc": self.acc,
-            "sums": self.scores.sums,
+            "sums": list(self.scores.sums),
             "seconds": self.scores.seconds,
             "log": self.log.rows,
             "images": self.data.digests["train"],
@@ -335,7 +335,8 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     values = distributed.total(torch.cat([sums, others]))
     run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
     run.read(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
-    step_if(run.optimizer, (values[0] + values[5]).isfinite())
+    measured = Measured.of(values)
+    step_if(run.optimizer, (measured.sums.loss + measured.norm).isfinite())
     scaler.update()
     run.optimizer.zero_grad()
     if run.average:
@@ -354,25 +355,26 @@ def validate(
     if args.compile:
         folded.compile()
     network = distributed.over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
-    sums = torch.zeros(6, dtype=torch.float64, device=devices[0])  # those of a batch, and processes with a signal
+    sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=devices[0])
+    stopping = torch.zeros(1, dtype=torch.float64, device=devices[0])
     shown, reading = Scores(classes=len(data.classes)), None
     progress = Progress("Validate", data.val_batches, args.test_batch, data, shown)
     for batch in progress.track(data.validation()):
         if stop.is_requested:  # the others learn of it by the sums
-            sums[5] += 1
+            stopping += 1
             break
         if len(batch.images) > 0:
             _, batch_sum, logits = classify(network, batch, devices[0])
-            sums[:5] += batch_sum
-            shown.sums = reading.read() if reading else shown.sums  # a batch late, as above
+            sums += batch_sum
+            shown.sums = Sums(*reading.read()) if reading else shown.sums  # a batch late, as above
             reading = Reading(sums)
             if predictions:
                 predictions.add(batch, logits)
         else:  # none could be decoded, or this process has no part of a small batch
-            sums[4] += batch.bad
-    *sums, stopping = distributed.total(sums).tolist()
+            sums += torch.tensor(Sums(bad=batch.bad), device=devices[0])
+    *sums, stopping = distributed.total(torch.cat([sums, stopping])).tolist()
     stop.check(stopping > 0)
-    scores = Scores([*sums, 0.0], len(data.classes), shown.seconds)
+    scores = Scores(sums, len(data.classes), shown.seconds)
     if scores.images == 0:
         raise RunFailed("--skip-bad-images: not one of the validation images can be decoded")
     return scores

@@ -41,7 +41,7 @@ import torchvision
 from utils import distributed
 from utils.errors import BadInput, NotFinite
 from utils.logger import COLUMNS, OLD_COLUMNS
-from utils.meters import Scores
+from utils.meters import Sums
 from utils.reading import NotWhole, Opaque, damaged, needs_code, read
 from utils.signals import Stopped
 
@@ -179,7 +179,7 @@ def _of_another_trainer(checkpoint: dict) -> dict:
         "scaler": {},
         "best_acc": -1.0 if best_acc is None else best_acc,
         "acc": -1.0,
-        "sums": Scores().sums,
+        "sums": list(Sums()),
         "seconds": 0.0,
         "log": [],
         "images": "",
@@ -258,7 +258,7 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "best_acc": math.isfinite(checkpoint["best_acc"]),
         "acc": math.isfinite(checkpoint["acc"]),
         "seconds": math.isfinite(checkpoint["seconds"]),
-        "sums": floats(sums, len(Scores().sums)) and all(map(math.isfinite, sums)),
+        "sums": floats(sums, len(Sums())) and all(map(math.isfinite, sums)),
         "log": len(log) <= checkpoint["epoch"]
         and any(all(floats(row, len(columns)) for row in log) for columns in (COLUMNS, OLD_COLUMNS)),
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),

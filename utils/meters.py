@@ -5,8 +5,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from progress.bar import Bar
@@ -19,10 +19,34 @@ LINE_SECONDS = 10
 BAR = 12  # columns that a bar takes at least; only the first five parts of a line come before it
 
 
-def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> Tensor:
-    """What a batch adds to the scores: [summed loss, top-1 hits, top-5 hits, images, bad images].
+class Sums(NamedTuple):
+    """What batches add to the scores: numbers, or scalars on a device."""
 
-    It is summed on the device, so that a micro-batch never waits for it.
+    loss: float = 0.0  # nats, summed over the images
+    top1: float = 0.0  # hits
+    top5: float = 0.0
+    images: float = 0.0
+    bad: float = 0.0  # images that could not be decoded
+    skipped: float = 0.0  # optimizer steps that the gradient scaler skipped, as gradients in fp16 were not finite
+
+
+class Measured(NamedTuple):
+    """What an optimizer step measures, over all processes: numbers, or scalars on a device."""
+
+    sums: Sums
+    norm: float  # the largest magnitude among the gradients
+    scale: float  # of the gradient scaler
+    stopping: float  # above 0 where a process had a signal
+
+    @classmethod
+    def of(cls, values: Sequence[float] | Tensor) -> "Measured":
+        """From all of them in a row."""
+        count = len(Sums._fields)
+        return cls(Sums(*values[:count]), *values[count:])
+
+
+def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> Tensor:
+    """The Sums of a batch, in one tensor on the device, so that a micro-batch never waits for it.
 
     Args:
         logits: (N, classes).
@@ -31,12 +55,12 @@ def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> T
         bad: images that could not be decoded.
 
     Returns:
-        (5,), float64, on the logits' device.
+        (6,), float64, on the logits' device.
     """
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices  # top-5 means all classes where there are fewer
     hits = guesses == targets[:, None]
-    images, bad_images = (torch.full((), count, device=logits.device) for count in (len(targets), bad))
-    return torch.stack([loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images, bad_images]).double()
+    images, bad, none = (torch.full((), count, device=logits.device) for count in (len(targets), bad, 0))
+    return torch.stack(Sums(loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images, bad, none)).double()
 
 
 class Reading:
@@ -59,43 +83,41 @@ class Scores:
     """Running mean of loss (nats) and accuracies (percent) over images.
 
     Args:
-        sums: those of :func:`batch_sums`, then the number of optimizer steps that were skipped.
+        sums: those so far.
         classes: of at most five, every answer is among the top 5, and nobody needs to be told.
         seconds: for which they have been gathered; Progress counts them.
     """
 
-    def __init__(self, sums: list[float] | None = None, classes: int = 1000, seconds: float = 0.0):
-        self.sums, self.has_top5, self.seconds = list(sums or 6 * [0.0]), classes > 5, seconds
+    def __init__(self, sums: Sequence[float] = (), classes: int = 1000, seconds: float = 0.0):
+        self.sums, self.has_top5, self.seconds = Sums(*sums), classes > 5, seconds
 
-    def add(self, sums: list[float]) -> None:
-        """Add as many sums of later batches."""
-        self.sums = [total + value for total, value in zip(self.sums, sums, strict=True)]
+    def add(self, sums: Sums) -> None:
+        """Add those of later batches."""
+        self.sums = Sums(*map(sum, zip(self.sums, sums, strict=True)))
 
     @property
     def images(self) -> int:
-        return int(self.sums[3])
+        return int(self.sums.images)
 
     @property
     def bad_images(self) -> int:
-        """Images that could not be decoded."""
-        return int(self.sums[4])
+        return int(self.sums.bad)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that the gradient scaler skipped, as gradients in fp16 were not finite."""
-        return int(self.sums[5])
+        return int(self.sums.skipped)
 
     @property
     def loss(self) -> float:
-        return self.sums[0] / max(self.images, 1)
+        return self.sums.loss / max(self.images, 1)
 
     @property
     def top1(self) -> float:
-        return 100 * self.sums[1] / max(self.images, 1)
+        return 100 * self.sums.top1 / max(self.images, 1)
 
     @property
     def top5(self) -> float:
-        return 100 * self.sums[2] / max(self.images, 1)
+        return 100 * self.sums.top5 / max(self.images, 1)
 
     def describe_images(self) -> str:
         """Over how many images they are, of how many."""

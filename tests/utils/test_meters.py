@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.helpers import send
 from utils import meters
-from utils.meters import Progress, Scores, batch_sums
+from utils.meters import Progress, Scores, Sums, batch_sums
 
 
 @pytest.mark.parametrize("classes", [2, 5, 30])
@@ -25,13 +25,13 @@ def test_sums_against_sorting(classes):
     order = logits.argsort(1, descending=True).tolist()
     top1 = sum(row[0] == target for row, target in zip(order, targets.tolist(), strict=True))
     top5 = sum(target in row[:5] for row, target in zip(order, targets.tolist(), strict=True))
-    assert sums.tolist() == pytest.approx([50 * loss.item(), top1, top5, 50, 3])
+    assert sums.tolist() == pytest.approx([50 * loss.item(), top1, top5, 50, 3, 0])
 
 
 def test_scores_are_means_over_images():
     scores = Scores()
-    scores.add([6.0, 1, 2, 3, 1, 2])
-    scores.add([2.0, 1, 1, 1, 0, 0])
+    scores.add(Sums(loss=6.0, top1=1, top5=2, images=3, bad=1, skipped=2))
+    scores.add(Sums(2.0, 1, 1, 1, 0, 0))
     assert (scores.loss, scores.top1, scores.top5, scores.images, scores.bad_images) == (2, 50, 75, 4, 1)
     assert str(scores) == "loss 2.0000 top-1 50.00 top-5 75.00 (2 steps skipped: fp16 overflowed)"
     assert str(Scores([8.0, 2, 4, 4, 0, 1], classes=5)) == "loss 2.0000 top-1 50.00 (1 step skipped: fp16 overflowed)"
