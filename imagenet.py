@@ -23,7 +23,7 @@ import models
 from models.excitation import EXCITATIONS, FORMULATIONS
 from models.layers import excited_once, fold
 from utils import checkpoint, command, distributed, options, outputs, workers
-from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Parser, path
+from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Parser, path
 from utils.classifier import Classifier, classify
 from utils.data import Data, image_folders
 from utils.errors import NotFinite, RunFailed
@@ -37,6 +37,9 @@ from utils.signals import Stop, Stopped
 from utils.words import counted
 from utils.workers import Batch
 
+KEYWORD, FIXED, ORDER, BEGINNING, ONCE, OUTPUT, OWN, PLACE, MACHINE = Kind
+NETWORK, WRITES = KEYWORD | FIXED, ONCE | OUTPUT
+
 
 def build_parser() -> Parser:
     """The command line; each help text gives the unit and, in brackets, the default."""
@@ -45,69 +48,69 @@ def build_parser() -> Parser:
     we = "we: both halves; mwe, lwe: one; none: only standardization [we for l_*; torchvision's stay plain]"
     halves = "channel: MWE is the channel gate, LWE the map; paper: MWE is the map, LWE the location gate [%(default)s]"
 
-    add = parser.add_argument_group("data").add_argument
-    add("-d", "--data", **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
-    add("-j", "--workers", **NATURAL, help="processes that load images, in all [8 a GPU, at most one a core]")
-    add("--image-size", **COUNT, default=224, help="pixels, the side of the network's input [%(default)s]")
+    add = parser.group("data")
+    add("-d", "--data", kind=OWN, **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
+    add("-j", "--workers", kind=OWN | MACHINE, **NATURAL, help="that load images [8 a GPU, at most one a core]")
+    add("--image-size", kind=KEYWORD, **COUNT, default=224, help="pixels, the side of the network's input [224]")
     add("--skip-bad-images", **SWITCH, default=False, help="leave out images that can't be decoded [no]")
-    add("--demo", action="store_true", help="draw ten classes of shapes, and train on them in about a minute")
+    add("--demo", kind=ONCE, action="store_true", help="draw ten classes of shapes, and train on them, in a minute")
 
-    add = parser.add_argument_group("network").add_argument
-    add("-a", "--arch", default="l_resnet50", metavar="ARCH", help=archs)
+    add = parser.group("network", NETWORK)
+    add("-a", "--arch", kind=FIXED, default="l_resnet50", metavar="ARCH", help=archs)
     add("--cardinality", **COUNT, default=32, help="groups of l_resnext* [%(default)s]")
     add("--base-width", **COUNT, default=4, help="channels per group of l_resnext*, in its first stage [%(default)s]")
     add("--stem", choices=models.STEMS, default="large", help="small: for images of 28 to 64 pixels [%(default)s]")
     add("--excitation", choices=EXCITATIONS, help=we)
     add("--formulation", choices=FORMULATIONS, default="channel", help=halves)
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")
-    add("--drop", "--dropout", **PROBABILITY, default=0.0, help="probability, before the classifier [%(default)s]")
-    add("--pretrained", **SWITCH, default=False, help="start from torchvision's weights [no]")
-    add("--init", type=path, metavar="FILE", help="start from weights: of a run, its export, or another trainer's")
+    add("--drop", "--dropout", kind=KEYWORD, **PROBABILITY, default=0.0, help="probability, before the classifier [0]")
+    add("--pretrained", kind=BEGINNING, **SWITCH, default=False, help="start from torchvision's weights [no]")
+    add("--init", kind=BEGINNING | ONCE | OWN, type=path, metavar="FILE", help="start from weights, of any trainer")
 
-    add = parser.add_argument_group("optimization").add_argument
+    add = parser.group("optimization")
     add("--epochs", **COUNT, default=90, help="total epochs [%(default)s]")
-    add("--start-epoch", **NATURAL, help="epochs that count as done [0]")
-    add("--train-batch", **COUNT, default=256, help="images per micro-batch, over all GPUs together [%(default)s]")
-    add("--test-batch", **COUNT, default=200, help="images per validation batch, over all GPUs together [%(default)s]")
-    add("--iter-size", **COUNT, default=1, help="micro-batches per optimizer step [%(default)s]")
+    add("--start-epoch", kind=BEGINNING | ONCE, **NATURAL, help="epochs that count as done [0]")
+    add("--train-batch", kind=ORDER, **COUNT, default=256, help="images per micro-batch, over all GPUs [%(default)s]")
+    add("--test-batch", kind=MACHINE, **COUNT, default=200, help="images per validation batch, over all GPUs [200]")
+    add("--iter-size", kind=ORDER, **COUNT, default=1, help="micro-batches per optimizer step [%(default)s]")
     add("--lr", "--learning-rate", **FACTOR, default=0.1, help="try 0.1 x images of a step / 256 [%(default)s]")
     add("--schedule", **EPOCHS, default=[30, 60], help="epochs after which the rate drops [30 60]")
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--cosine", **SWITCH, default=False, help="let the rate fall by half a cosine, in place of --schedule [no]")
     add("--warmup", **FACTOR, default=0.0, help="epochs over which the rate rises to --lr, step by step [%(default)s]")
-    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="[%(default)s]")
+    add("--optimizer", kind=FIXED, choices=("sgd", "adamw"), default="sgd", help="[%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD; AdamW's first beta [%(default)s]")
     add("--beta2", **PROBABILITY, default=0.999, help="AdamW's second beta [%(default)s]")
     add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty; of AdamW, decoupled [%(default)s]")
-    add("--decay", choices=models.DECAYS, default="all", help="on what: weights spares biases, norms and gates [all]")
+    add("--decay", kind=FIXED, choices=models.DECAYS, default="all", help="weights: spare biases, norms, gates [all]")
     add("--ema", **PROBABILITY, default=0.0, help="validate a moving average of the weights, of this decay [0: none]")
     add("--label-smoothing", **PROBABILITY, default=0.0, help="of the training loss [%(default)s]")
-    add("--seed", "--manualSeed", **NATURAL, default=0, help="seeds weights, shuffles, crops and dropout [%(default)s]")
+    add("--seed", "--manualSeed", kind=ORDER, **NATURAL, default=0, help="of weights, shuffles, crops and dropout [0]")
 
-    add = parser.add_argument_group("run").add_argument
-    add("-c", "--checkpoint", **FOLDER, help="folder that the run is written to [checkpoints/imagenet/ARCH]")
+    add = parser.group("run", ONCE)
+    add("-c", "--checkpoint", kind=ONCE | OWN | PLACE, **FOLDER, help="the run's folder [checkpoints/imagenet/ARCH]")
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    add("--save-freq", **NATURAL, default=0, help="optimizer steps between checkpoints; 0: each epoch [%(default)s]")
-    add("--keep-freq", **NATURAL, default=0, help="keep the checkpoint of every N-th epoch; 0: none [%(default)s]")
-    add("--resume", type=path, metavar="RUN", help="continue a run: its folder, or a checkpoint file")
-    add("-e", "--evaluate", action="store_true", help="validate --resume or --pretrained; only --predictions writes")
-    add("--predictions", type=path, metavar="FILE", help="with -e, write a row of text for each image")
-    add("--export", type=path, metavar="FILE", help="write the folded weights of --resume, for torchvision and timm")
-    add("--visualize", **FOLDER, help="draw the weights and gates of --resume")
+    add("--save-freq", kind=PLACE, **NATURAL, default=0, help="optimizer steps between checkpoints [0: each epoch]")
+    add("--keep-freq", kind=PLACE, **NATURAL, default=0, help="keep the checkpoint of every N-th epoch [0: none]")
+    add("--resume", kind=ONCE | OWN | PLACE, type=path, metavar="RUN", help="continue a run: folder, or checkpoint")
+    add("-e", "--evaluate", kind=WRITES, action="store_true", help="validate --resume or --pretrained")
+    add("--predictions", kind=WRITES, type=path, metavar="FILE", help="with -e, write a row for each image")
+    add("--export", kind=WRITES, type=path, metavar="FILE", help="write the folded weights of --resume")
+    add("--visualize", kind=WRITES, **FOLDER, help="draw the weights and gates of --resume")
 
-    add = parser.add_argument_group("devices").add_argument
-    add("--gpu-id", default="0", metavar="N[,N...]", help="GPUs; several make DataParallel [%(default)s]")
+    add = parser.group("devices")
+    add("--gpu-id", kind=OWN | MACHINE, default="0", metavar="N[,N...]", help="GPUs; of several, DataParallel [0]")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision [%(default)s]")
-    add("--channels-last", **SWITCH, default=False, help="keep weights and activations with channels last [no]")
+    add("--channels-last", kind=MACHINE, **SWITCH, default=False, help="weights, activations with channels last [no]")
     add("--sync-bn", **SWITCH, default=False, help="under torchrun, BatchNorm over the images of all processes [no]")
-    add("--compile", **SWITCH, default=False, help="compile the network by torch.compile, in a minute or more [no]")
+    add("--compile", kind=MACHINE, **SWITCH, default=False, help="by torch.compile, in a minute or more [no]")
     return parser
 
 
 @workers.ended()
 def main(argv: list[str], source: Source = image_folders) -> int:
     """One command, whose steps follow in their order; returns the exit status. The source gives the images."""
-    args, saved, init = options.resolve(build_parser(), argv, models.EXCITED, models.ARCHITECTURES)
+    args, saved, init = options.resolve(build_parser(), argv)
     if args.export or args.visualize:
         if distributed.RANK == 0:
             write = outputs.export if args.export else outputs.visualize

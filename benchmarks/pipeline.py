@@ -61,7 +61,7 @@ def core_table(folder: Path, seconds: float) -> list[list[str]]:
     train, val = Samples(images, SIZE, seed=0), Samples(images, SIZE)
     decoding, indices = "decoding alone", range(IMAGES)
     runs = {
-        decoding: lambda: drop(decode_jpeg(read_file(val.path(index))) for index in indices),
+        decoding: lambda: drop(decode_jpeg(read_file(images.path(index))) for index in indices),
         "training, classic": lambda: drop(their_train[index] for index in indices),
         "training, this": lambda: drop(train[0, index] for index in indices),
         "validation, classic": lambda: drop(their_val[index] for index in indices),

@@ -38,11 +38,15 @@ SCHEDULES = {
 
 @pytest.fixture
 def rates() -> Iterator[list[list[float]]]:
-    """Those with which any optimizer takes a step, of each of its groups."""
+    """Those with which an optimizer of more than one parameter takes a step, of each of its groups."""
     seen = []
-    hook = register_optimizer_step_pre_hook(
-        lambda optimizer, *_: seen.append([group["lr"] for group in optimizer.param_groups])
-    )
+
+    def note(optimizer: torch.optim.Optimizer, *_) -> None:
+        groups = optimizer.param_groups
+        if sum(len(group["params"]) for group in groups) > 1:  # not one that is only asked what its state has
+            seen.append([group["lr"] for group in groups])
+
+    hook = register_optimizer_step_pre_hook(note)
     yield seen
     hook.remove()
 

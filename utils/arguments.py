@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from enum import Flag, auto
 
 from utils.errors import BadInput
 
@@ -49,12 +50,44 @@ ELSEWHERE = {
 }
 
 
+class Kind(Flag):
+    """What an option is, beside a setting of the run; it is given where the option is added to the parser."""
+
+    KEYWORD = auto()  # of models.create()
+    FIXED = auto()  # a run can't change it
+    ORDER = auto()  # nor can it be changed in the middle of an epoch, whose shuffle and steps must go on
+    BEGINNING = auto()  # says where a run begins
+    ONCE = auto()  # of one command: a run doesn't hand it on to the command that resumes it
+    OUTPUT = auto()  # makes the command one that doesn't train
+    OWN = auto()  # may differ between the processes of a run
+    PLACE = auto()  # says where a run is written, and when
+    MACHINE = auto()  # how a machine computes what is the same
+
+
+SETTING = Kind(0)
+_kinds: dict[str, Kind] = {}  # of each option that was added
+
+
+def named(kind: Kind) -> list[str]:
+    """The options that are of this kind, or of all of these."""
+    return [name for name, kinds in _kinds.items() if kind in kinds]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises its errors.
 
     Raises:
         BadInput: in place of printing the usage and exiting.
     """
+
+    def group(self, title: str, kind: Kind = SETTING) -> Callable[..., None]:
+        """A function that adds an option to a new group: add_argument, with the ``kind`` where it is another."""
+        group, usual = self.add_argument_group(title), kind
+
+        def add(*names: str, kind: Kind = usual, **keywords) -> None:
+            _kinds[group.add_argument(*names, **keywords).dest] = kind
+
+        return add
 
     def error(self, message: str) -> None:
         raise BadInput(message)

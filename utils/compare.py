@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+import imagenet
 from utils import command
-from utils.arguments import Parser, path
+from utils.arguments import Kind, Parser, named, path
 from utils.errors import BadInput
 from utils.figures import Figure, Line2D, colormaps, render
 from utils.files import refuse_existing, write_output
@@ -29,9 +30,6 @@ from utils.words import counted
 Rows = list[dict[str, float]]
 
 PICTURES = (".png", ".pdf", ".svg")
-# Options that are no part of a setting: they say where a run lies, and how a machine computes it.
-PLACES = ("checkpoint", "resume", "save-freq", "keep-freq")
-MACHINE = ("workers", "gpu-id", "test-batch", "channels-last", "compile")
 
 
 class Run(NamedTuple):
@@ -84,6 +82,8 @@ def read_runs(folders: list[str]) -> dict[str, Run]:
 def read_options(folder: Path) -> dict[str, str] | None:
     """{option: as it is typed} by a run's command.txt: of its commands, the last that names it; None without one."""
     options = {}
+    imagenet.build_parser()
+    no_setting = {name.replace("_", "-") for name in named(Kind.PLACE) + named(Kind.MACHINE)}
     try:
         lines = (folder / COMMAND).read_text(errors="replace").splitlines()
         for heading, line in itertools.pairwise(lines):
@@ -98,7 +98,7 @@ def read_options(folder: Path) -> dict[str, str] | None:
                     typed.append(word)
     except (OSError, ValueError):
         return None
-    return {name: " ".join(typed) for name, typed in options.items() if name not in PLACES + MACHINE} or None
+    return {name: " ".join(typed) for name, typed in options.items() if name not in no_setting} or None
 
 
 def join_seeds(runs: dict[str, Run]) -> dict[str, list[Rows]]:

@@ -7,10 +7,11 @@ import argparse
 import contextlib
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+import models
 from utils import checkpoint, distributed, pictures
-from utils.arguments import Parser, closest, flag
+from utils.arguments import Kind, Parser, closest, flag, named
 from utils.checkpoint import LAST
 from utils.errors import BadInput, RunFailed
 from utils.files import refuse_existing
@@ -26,27 +27,10 @@ DEMO = {
     "train_batch": 32,
     "lr": 0.006,
 }
-# Options that make the network, all of them keywords of models.create; a run can't change them.
-NETWORK = ("excitation", "formulation", "standardize", "cardinality", "base_width", "stem")
-# Of those that a run can't change, what older runs don't name.
-OLDER = {"decay": "all", "optimizer": "sgd", "stem": "large"}
-# Options that make a command one that doesn't train.
-OUTPUTS = ("evaluate", "export", "predictions", "visualize")
-# Options that say where a run begins.
-BEGINNING = ("init", "pretrained", "start_epoch")
-# Options of one command, which a run doesn't hand on to the command that resumes it.
-ONCE = ("checkpoint", "demo", "init", "overwrite", "resume", "start_epoch", *OUTPUTS)
-# Options that may differ between the processes of a run.
-OWN = ("checkpoint", "data", "gpu_id", "init", "resume", "workers")
 
 
-def resolve(
-    parser: Parser, argv: list[str], excited: Sequence[str], architectures: Sequence[str]
-) -> tuple[argparse.Namespace, dict | None, dict | None]:
+def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict | None, dict | None]:
     """The options of a command, and the checkpoints that --resume and --init name.
-
-    Args:
-        excited, architectures: names of networks: those whose excitation is ``we`` by default, and all.
 
     Raises:
         BadInput: options or checkpoint can't be used, or not together.
@@ -58,25 +42,26 @@ def resolve(
     demo = DEMO if "demo" in given else {}
     if distributed.RESTARTS:
         given = of_restart(given, folder_of(defaults | demo | given))
-    for name in ("resume", "pretrained", *OUTPUTS) if "init" in given else ():
+    outputs = named(Kind.OUTPUT)
+    for name in ("resume", "pretrained", *outputs) if "init" in given else ():
         refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
     saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
     run = of_checkpoint(parser, saved) if saved else {}
-    for source in (saved if {*OUTPUTS} & given.keys() else None, init):
+    for source in (saved if {*outputs} & given.keys() else None, init):
         if source:
             checkpoint.take_average(source)
     if init:  # of the options of its run, if it has them, those that make the network
         options = of_checkpoint(parser, init, "--init")
-        run = {name: options[name] for name in ("arch", *NETWORK) if name in options}
+        run = {name: options[name] for name in ("arch", *named(Kind.KEYWORD | Kind.FIXED)) if name in options}
     args = argparse.Namespace(**defaults | demo | run | given)
     size = init["options"].get("image_size") if init else None
     if size not in (None, args.image_size):
         print(f"{init['file']} was trained at --image-size {size}, and this run takes {args.image_size}")
     args.checkpoint = folder_of(vars(args))
-    if args.excitation is None and args.arch in excited:
+    if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
     if saved:
-        check_resuming(args, saved, given)
+        check_resuming(args, saved, given, defaults)
         if "epoch" in saved["missing"]:
             saved["epoch"] = args.start_epoch or 0
     args.start_epoch = args.start_epoch or 0
@@ -87,7 +72,7 @@ def resolve(
     is_idle = "formulation" in given and args.excitation is None
     refuse(is_idle, f"--formulation: {args.arch} stays plain without --excitation; add --excitation we")
     check_training(args)
-    check_network(args, excited, architectures)
+    check_network(args)
     return args, saved, init
 
 
@@ -98,12 +83,12 @@ def folder_of(options: dict) -> str:
 
 def of_restart(given: dict, folder: str) -> dict:
     """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
-    if {*OUTPUTS} & given.keys():
+    if {*named(Kind.OUTPUT)} & given.keys():
         return given
     # Without --overwrite, what the folder holds is this run's: the first start refuses any other's.
     is_own = "overwrite" not in given and ("resume" not in given or "checkpoint" in given)
     if is_own and os.path.exists(os.path.join(folder, LAST)):
-        given = {name: value for name, value in given.items() if name not in BEGINNING} | {"resume": folder}
+        given = {name: value for name, value in given.items() if name not in named(Kind.BEGINNING)} | {"resume": folder}
     return given | {"overwrite": False}
 
 
@@ -118,7 +103,7 @@ def typed(args: argparse.Namespace, name: str) -> str:
     return f"{flag(name)} {getattr(args, name)}"
 
 
-def of_checkpoint(parser: Parser, saved: dict, named: str = "--resume") -> dict:
+def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict:
     """The options of the run of a checkpoint, which a flag named; it goes on in the folder of its file.
 
     Raises:
@@ -126,11 +111,11 @@ def of_checkpoint(parser: Parser, saved: dict, named: str = "--resume") -> dict:
     """
     if not saved["options"]:
         return {}
-    actions = {action.dest: action for action in parser._actions if action.dest not in (*ONCE, "help")}
+    actions = {action.dest: action for action in parser._actions if action.dest not in (*named(Kind.ONCE), "help")}
     for name, value in saved["options"].items():
         refuse(
             name not in actions or not accepts(actions[name], value),
-            f"{named}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
+            f"{source}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
         )
     return saved["options"] | {"checkpoint": str(saved["file"].parent)}
 
@@ -150,24 +135,23 @@ def accepts(action: argparse.Action, value: object) -> bool:
     return type(converted) is type(value) and converted == value
 
 
-def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
-    """What can't be changed in a run that goes on."""
+def check_resuming(args: argparse.Namespace, saved: dict, given: dict, defaults: dict) -> None:
+    """What can't be changed in a run that goes on; an option that an older run lacks had its default."""
     knows_epoch = "epoch" not in saved["missing"]
     refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
     refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
-    trains = not any(getattr(args, name) for name in OUTPUTS)
+    trains = not any(getattr(args, name) for name in named(Kind.OUTPUT))
     epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
     is_done = trains and args.epochs < epochs and args.epochs <= done
     refuse(is_done, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left")
-    fixed = dict.fromkeys(("arch", "decay", "optimizer", *NETWORK), "of a run") if saved["options"] else {}
+    fixed = dict.fromkeys(named(Kind.FIXED), "of a run") if saved["options"] else {}
     if saved["step"] and trains:
-        # The shuffle and the groups must go on as they were.
-        fixed |= dict.fromkeys(("seed", "train_batch", "iter_size"), "in the middle of an epoch")
+        fixed |= dict.fromkeys(named(Kind.ORDER), "in the middle of an epoch")
     has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
     is_elsewhere = not has_data and not os.path.isdir(args.data)
     refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
     for name, where in fixed.items():
-        old = (OLDER | saved["options"]).get(name)
+        old = (defaults | saved["options"])[name]
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
 
 
@@ -224,29 +208,29 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"{typed(args, 'train_batch')}: {processes} processes can't share it evenly; {fits} fits")
 
 
-def check_network(args: argparse.Namespace, excited: Sequence[str], architectures: Sequence[str]) -> None:
+def check_network(args: argparse.Namespace) -> None:
     """That there is such an architecture, with such weights."""
-    if args.arch not in architectures:
+    if args.arch not in models.ARCHITECTURES:
         ours = "here timm's resnet50_gn is --arch l_resnet50 --excitation none --no-standardize"
-        hint = ours if args.arch == "resnet50_gn" else closest(args.arch, architectures)
+        hint = ours if args.arch == "resnet50_gn" else closest(args.arch, models.ARCHITECTURES)
         raise BadInput(f"--arch {args.arch}: no such architecture; {hint}")
-    no_weights = args.pretrained and args.arch in excited
+    no_weights = args.pretrained and args.arch in models.EXCITED
     refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 
 
 def settings(args: argparse.Namespace) -> dict:
     """The keywords of models.create that make the network of a run."""
-    return {name: getattr(args, name) for name in (*NETWORK, "drop", "image_size")}
+    return {name: getattr(args, name) for name in named(Kind.KEYWORD)}
 
 
 def of_run(args: argparse.Namespace) -> dict:
     """The options that a run hands on to the command that resumes it."""
-    return {name: value for name, value in vars(args).items() if name not in ONCE}
+    return {name: value for name, value in vars(args).items() if name not in named(Kind.ONCE)}
 
 
 def common(args: argparse.Namespace) -> dict:
     """The options that all processes of a run must have alike."""
-    return {name: value for name, value in vars(args).items() if name not in OWN}
+    return {name: value for name, value in vars(args).items() if name not in named(Kind.OWN)}
 
 
 def command(args: argparse.Namespace) -> str:

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 import imagenet
-import models
 from utils import distributed, options
-from utils.arguments import ELSEWHERE
+from utils.arguments import ELSEWHERE, Kind, named
 from utils.checkpoint import BEST
 from utils.errors import BadInput
 
 
 def resolve(*words):
-    return options.resolve(imagenet.build_parser(), list(words), models.EXCITED, models.ARCHITECTURES)[0]
+    return options.resolve(imagenet.build_parser(), list(words))[0]
 
 
 def test_what_other_scripts_call_our_options():
@@ -33,7 +32,8 @@ NO_OPTIONS = [("lr", "0.1"), ("lr", 1), ("lr", float("nan")), ("epochs", 0), ("e
 @pytest.mark.parametrize("name, value", NO_OPTIONS)
 def test_options_that_no_run_has(name, value):
     args = vars(resolve("-d", "x"))
-    saved = {"file": Path("runs/one/checkpoint"), "options": {k: v for k, v in args.items() if k not in options.ONCE}}
+    kept = {option: own for option, own in args.items() if option not in named(Kind.ONCE)}
+    saved = {"file": Path("runs/one/checkpoint"), "options": kept}
     assert options.of_checkpoint(imagenet.build_parser(), saved) == saved["options"] | {"checkpoint": "runs/one"}
     saved["options"] |= {name: value}
     with pytest.raises(BadInput, match=f"runs/one/checkpoint is damaged: its options have {name} "):
@@ -78,7 +78,7 @@ def test_weights_of_another_trainer_are_trained_from_the_epoch_that_is_named(tmp
     torch.save({"fc.weight": torch.ones(2, 3)}, file)
     words = ["-d", "x", "-c", str(tmp_path), "--resume", str(file)]
     for more, epoch in (([], 0), (["--start-epoch", "7"], 7)):
-        _, saved, _ = options.resolve(imagenet.build_parser(), words + more, models.EXCITED, models.ARCHITECTURES)
+        _, saved, _ = options.resolve(imagenet.build_parser(), words + more)
         assert saved["epoch"] == epoch
 
 
