@@ -22,7 +22,7 @@ from utils.checkpoint import BEST, LAST
 
 WORDS = [*TINY, "--train-batch", "2", "--epochs", "3", "--schedule", "1", "--drop", "0.2"]
 STOPPING = """
-import os, signal, sys
+import inspect, os, signal, sys
 sys.path.insert(0, {checkout!r})
 import imagenet
 train_step, steps = imagenet.train_step, iter(range(1, 10**6))
@@ -33,7 +33,7 @@ def stopping(*args, **options):
     return result
 imagenet.train_step = stopping
 sys.argv = ["imagenet.py", *sys.argv[1:]]
-if not imagenet.main.__code__.co_argcount:
+if not inspect.signature(imagenet.main).parameters:
     sys.exit(imagenet.main())
 from utils import command
 command.script(imagenet.main, "imagenet.py")
