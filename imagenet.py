@@ -193,7 +193,7 @@ class Run:
         self.optimizer = build_optimizer(args, model)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
-        self.epoch, self.step = args.start_epoch, 0  # finished epochs, and steps of the next; after them, it validates
+        self.epoch, self.step = args.start_epoch, 0  # epochs finished; optimizer steps done in the current one
         self.acc = self.best_acc = -1.0  # validation top-1 in percent; -1 before the first one
         self.scores = Scores(classes=len(data.classes))  # of the unfinished epoch
         self.unread = deque()  # what the last steps measured, and is not in the scores yet
@@ -264,7 +264,7 @@ class Run:
             self.best_acc = -1.0
 
     def leave(self) -> None:
-        """Part from the other processes, after the last step."""
+        """Destroy the process group, after the last step."""
         # Held by DistributedDataParallel, a process group ends only after leaving, where it may hang in torch 2.8.
         del self.network
         distributed.leave()

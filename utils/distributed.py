@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
 import sys
 import warnings
 from datetime import timedelta
@@ -18,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.layers import sent_excited
 from utils.arguments import cores
 from utils.errors import BadInput
-from utils.words import counted
+from utils.words import counted, shortest
 
 
 def _number(name: str, default: int) -> int:
@@ -126,19 +125,12 @@ def command(words: list[str]) -> str:
     return shlex.join([*start, sys.argv[0], *words])
 
 
-def shortest(program: Path) -> str:
-    """How a shell in the current folder finds it: by name, below the folder, or by its whole path."""
-    if shutil.which(program.name) == str(program):
-        return program.name
-    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
-
-
 def join(args: argparse.Namespace) -> list[torch.device]:
-    """This process's devices; meets the other processes of torchrun, where there are any.
+    """This process's devices; under torchrun, initializes the process group.
 
     Raises:
-        BadInput: no such device is there, or the options can't be had on it; or the environment speaks of several
-            processes, and not of how they meet.
+        BadInput: there is no such device, or it doesn't support the options; or WORLD_SIZE is set without what the
+            processes need to find each other.
     """
     devices = choose_devices(args.gpu_id)
     if args.sync_bn and PROCESSES > 1 and devices[0].type == "cpu":
@@ -167,7 +159,7 @@ def join(args: argparse.Namespace) -> list[torch.device]:
 
 
 def join_others(device: torch.device) -> None:
-    """Meet the other processes.
+    """Initialize the process group.
 
     Raises:
         BadInput: only some have a GPU.
@@ -181,12 +173,12 @@ def join_others(device: torch.device) -> None:
 
 
 def is_joined() -> bool:
-    """Whether this process still counts on others."""
+    """Whether the process group is initialized."""
     return dist.is_initialized()
 
 
 def leave() -> None:
-    """Part from the other processes once all are here, as torchrun ends the others when one has ended."""
+    """Destroy the process group once all processes are here, as torchrun ends the others when one has ended."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

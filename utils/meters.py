@@ -132,7 +132,7 @@ class Scores:
 
 
 class Waiting(Protocol):
-    """What counts the seconds for which it had to be waited for."""
+    """Has the seconds spent waiting for data."""
 
     waited: float
 

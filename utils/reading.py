@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.distributed import shortest
 from utils.errors import BadInput
+from utils.words import shortest
 
 MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # begins a file of torch before 1.6
 LOAD = "torch.load({}, 'cpu', weights_only=False)"
@@ -152,7 +152,10 @@ def _check(file: Path, start: bytes) -> None:
 
 
 def _load(file: Path) -> object:
-    """torch.load, with a stand-in for each class that torch says it doesn't know."""
+    """torch.load, with a stand-in for each class that torch says it doesn't know.
+
+    torch.serialization.get_unsafe_globals_in_checkpoint() would name them all, but of no file of torch before 1.6.
+    """
     names = {}
     while len(names) < MOST_CLASSES:
         try:

@@ -1,7 +1,9 @@
-"""What is printed: counts, and lines that are longer than a terminal is wide."""
+"""What is printed: counts, programs, and lines that are longer than a terminal is wide."""
 
 import re
+import shutil
 import textwrap
+from pathlib import Path
 
 # A word of a command or of code: what is quoted in it belongs together.
 WORD = re.compile(r"(?:'[^']*'|\"[^\"]*\"|\S)+")
@@ -11,6 +13,13 @@ def counted(number: int, noun: str) -> str:
     """``1 thread``, ``2 threads``, ``2 classes``."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
+
+
+def shortest(program: Path) -> str:
+    """How a shell in the current folder finds it: by name, below the folder, or by its whole path."""
+    if shutil.which(program.name) == str(program):
+        return program.name
+    return str(program.relative_to(Path.cwd())) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 def wrapped(text: str, columns: int) -> str:

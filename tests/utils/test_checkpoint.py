@@ -27,10 +27,10 @@ from models.layers import Conv2d
 from tests.helpers import tiny_checkpoint
 from utils import checkpoint
 from utils.checkpoint import BEST, LAST, PREVIOUS, find, initialize, load, load_weights, serialize, versions
-from utils.distributed import shortest
 from utils.errors import BadInput, RunFailed
 from utils.optimizers import load_optimizer
 from utils.reading import read
+from utils.words import shortest
 
 # --- files of other trainers, tools and times
 
