@@ -110,13 +110,20 @@ def describe(model: nn.Module) -> str:
         return f"{total}; plain weights"
     gates = sum(parameter.numel() for conv in convs if conv.gate is not None for parameter in conv.gate.parameters())
     first = convs[0]
-    parts = [f"formulation {first.formulation}"] + ["standardized"] * first.standardize
+    parts = [f"formulation {first.formulation}"]
+    if first.standardize:
+        parts.append("standardized")
     parts += [f"{letters.upper()} ({words(half)})" for letters, half in first.settings.halves().items()]
     text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
     depthwise = sum(is_depthwise(conv) for conv in every)
     others = len(every) - len(convs) - depthwise
-    left = [f"{depthwise} are depthwise"] * (depthwise > 0) + [f"no normalization follows {others}"] * (others > 0)
-    text += f" ({', '.join(left)})" * bool(left)
+    left = []
+    if depthwise:
+        left.append(f"{depthwise} are depthwise")
+    if others:
+        left.append(f"no normalization follows {others}")
+    if left:
+        text += f" ({', '.join(left)})"
     if not all(conv.layer().is_known() for conv in convs):
         text += "\nThe gate or the map is differentiated by autograd, which takes longer than the ones of this package"
     if isinstance(first.gate, ChannelGate) and any(isinstance(module, _BatchNorm) for module in model.modules()):

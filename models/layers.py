@@ -399,9 +399,11 @@ def _own_memory(grads: tuple[Tensor, ...], others: list[Tensor | None]) -> list[
 
 def _refuse_wrappers(modules: list[nn.Module]) -> None:
     for module in modules:
-        names = [type(module).__name__] * _is_sharded(type(module))
-        if isinstance(module, DistributedDataParallel):
-            names += [f"{name}=True" for name in ("static_graph", "find_unused_parameters") if getattr(module, name)]
+        names = []
+        if _is_sharded(type(module)):
+            names = [type(module).__name__]
+        elif isinstance(module, DistributedDataParallel):
+            names = [f"{name}=True" for name in ("static_graph", "find_unused_parameters") if getattr(module, name)]
         if names:
             raise ValueError(f"excited_once() can't work with {', '.join(names)}: train without one of the two")
 

@@ -96,8 +96,9 @@ def find(path: str, flag: str = "--resume") -> dict:
     """
     files = [Path(path)]
     if os.path.isdir(path):
-        best = [BEST] * (flag == "--init" and Path(path, BEST).exists())
-        files = [Path(path, name) for name in (*best, LAST, PREVIOUS)]
+        files = [Path(path, LAST), Path(path, PREVIOUS)]
+        if flag == "--init" and Path(path, BEST).exists():
+            files.insert(0, Path(path, BEST))
     while True:
         file, *files = files
         try:
@@ -349,8 +350,10 @@ def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifi
     if {name: gate.shape for name, gate in ours.items()} != {name: gate.shape for name, gate in theirs.items()}:
         # All of them: a layer of as many inputs as outputs would take a gate of the other formulation.
         state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
-        told += [f"The gates of {file} are left out: the network has {'others' if ours else 'none'}"] * bool(theirs)
-        told += [f"The gates are made anew: {file} has {'others' if theirs else 'none'}"] * bool(ours)
+        if theirs:
+            told.append(f"The gates of {file} are left out: the network has {'others' if ours else 'none'}")
+        if ours:
+            told.append(f"The gates are made anew: {file} has {'others' if theirs else 'none'}")
     load_weights(model, saved | {"state_dict": state}, "--init")
     print("\n".join(told))
 

@@ -111,7 +111,9 @@ def describe(devices: list[torch.device]) -> str:
     if devices[0].type == "cpu":
         return ", ".join([f"CPU, {counted(torch.get_num_threads(), 'thread')}", *parts])
     names = ", ".join(f"{device.index} ({torch.cuda.get_device_name(device)})" for device in devices)
-    return ", ".join([f"GPU {names}", *parts, *["DataParallel"] * (len(devices) > 1)])
+    if len(devices) > 1:
+        parts.append("DataParallel")
+    return ", ".join([f"GPU {names}", *parts])
 
 
 def command(words: list[str]) -> str:

@@ -236,9 +236,13 @@ def common(args: argparse.Namespace) -> dict:
 def command(args: argparse.Namespace) -> str:
     """The command with every option of the run."""
     begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
-    # What would be refused beside the other options.
-    left_out = ["schedule"] * args.cosine + ["formulation"] * (args.excitation is None)
-    left_out += ["pretrained", "start_epoch"] * (args.resume is not None)
+    left_out = set()  # what would be refused beside the other options
+    if args.cosine:
+        left_out.add("schedule")
+    if args.excitation is None:
+        left_out.add("formulation")
+    if args.resume is not None:
+        left_out |= {"pretrained", "start_epoch"}
     words = []
     for name, value in (of_run(args) | begin).items():
         if name in left_out:
@@ -258,8 +262,11 @@ def refusing_network(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        names = f"--arch {args.arch}{' --pretrained' * args.pretrained} --image-size {args.image_size}"
-        names += " --stem small" * (args.stem == "small")
+        names = f"--arch {args.arch} --image-size {args.image_size}"
+        if args.pretrained:
+            names += " --pretrained"
+        if args.stem == "small":
+            names += " --stem small"
         if args.arch.startswith("l_resnext"):
             names += f" --cardinality {args.cardinality} --base-width {args.base_width}"
         raise BadInput(f"{names}: {str(error).splitlines()[0]}") from error
@@ -272,7 +279,7 @@ def refusing_network(args: argparse.Namespace) -> Iterator[None]:
 
 def describe_network(args: argparse.Namespace) -> str:
     """The architecture and what excites it, in a few words."""
-    arch = args.arch + ", small stem" * (args.stem == "small")
+    arch = f"{args.arch}, small stem" if args.stem == "small" else args.arch
     if args.excitation is None:
         return arch
     formulation = "" if args.excitation == "none" else f" ({args.formulation})"

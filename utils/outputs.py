@@ -13,6 +13,7 @@ from models.inspection import inspect_layers
 from utils import options, pictures
 from utils.errors import BadInput
 from utils.files import write_output
+from utils.words import counted
 
 
 def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
@@ -39,7 +40,8 @@ def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
     if not layers:
         raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
     title = f"{options.describe_network(args)}, seed {args.seed}, after epoch {saved['epoch']}"
-    title += f" and {saved['step']} steps" * (saved["step"] > 0)
+    if saved["step"]:
+        title += f" and {counted(saved['step'], 'step')}"
     for name, picture in pictures.draw(layers, fresh_gates(args, len(saved["classes"])), title).items():
         write_output("--visualize", os.path.join(args.visualize, name), picture)
         print(os.path.join(args.visualize, name))

@@ -107,7 +107,11 @@ class RunFolder:
         if distributed.RANK > 0:
             return
         contents = serialize(checkpoint)
-        names = [BEST] * is_best + [KEPT.format(checkpoint["epoch"])] * is_kept + [LAST]
+        names = [LAST]
+        if is_best:
+            names.append(BEST)
+        if is_kept:
+            names.append(KEPT.format(checkpoint["epoch"]))
         self.write(log.changes() | dict.fromkeys(names, contents))
 
     def write(self, files: dict[str, bytes | memoryview]) -> None:
