@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     add("--train-batch", kind=ORDER, **COUNT, default=256, help="images per micro-batch, over all GPUs [%(default)s]")
     add("--test-batch", kind=MACHINE, **COUNT, default=200, help="images per validation batch, over all GPUs [200]")
     add("--iter-size", kind=ORDER, **COUNT, default=1, help="micro-batches per optimizer step [%(default)s]")
-    add("--lr", "--learning-rate", **FACTOR, default=0.1, help="try 0.1 x images of a step / 256 [%(default)s]")
+    add("--lr", "--learning-rate", **FACTOR, default=0.1, help="of SGD, try 0.1 x images of a step / 256 [0.1]")
     add("--schedule", **EPOCHS, default=[30, 60], help="epochs after which the rate drops [30 60]")
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--cosine", **SWITCH, default=False, help="let the rate fall by half a cosine, in place of --schedule [no]")

@@ -103,7 +103,8 @@ class Gate(nn.Module):
         """Gates that scale a weight, from the statistic."""
         if self.is_plain():
             return self.gates(statistic, *self.tensors())
-        return self.broadcast(self.fc2(self.fc1(self.scaled(statistic)).relu()).sigmoid())
+        features = self.scaled(statistic).to(self.fc1.weight.dtype)
+        return self.broadcast(self.fc2(self.fc1(features).relu()).sigmoid().type_as(statistic))
 
     @classmethod
     def gates(cls, statistic: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -189,7 +190,8 @@ def is_gate(half: Half) -> bool:
 
 def words(half: Half) -> str:
     """A gate's or a map's name in words: "channel gate" of ChannelGate, "activation map" of activation_map."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", half.__name__).lower()
+    name = getattr(half, "__name__", type(half).__name__)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
 class Settings(NamedTuple):
@@ -211,6 +213,10 @@ class Settings(NamedTuple):
             raise ValueError(f"excitation {self.excitation!r} is none of {', '.join(EXCITATIONS)}")
         if self.formulation not in FORMULATIONS:
             raise ValueError(f"formulation {self.formulation!r} is none of {', '.join(FORMULATIONS)}")
+        for half in FORMULATIONS[self.formulation].values():
+            if isinstance(half, nn.Module) or (isinstance(half, type) and not is_gate(half)):
+                hint = "is neither a subclass of Gate nor a function; what has parameters is a gate"
+                raise ValueError(f"formulation {self.formulation!r}: {words(half)} {hint}")
         gates = [is_gate(half) for half in self.halves().values()]
         if len(gates) > 1 and gates[0] == gates[1]:
             raise ValueError(f"formulation {self.formulation!r}: both halves are of one kind, not a gate and a map")

@@ -69,7 +69,7 @@ def test_a_run_is_that_of_folders_of_the_same_images(run, source, tmp_path, stop
     capsys.readouterr()
     assert run("-e", "--resume", parts, "--predictions", tmp_path / "table") == 0
     assert "13 in train" not in capsys.readouterr().out
-    assert "\nimage 3\t" in (tmp_path / "table").read_text()
+    assert "\nnumber 3\t" in (tmp_path / "table").read_text()
 
 
 def test_what_a_fingerprint_tells_apart():

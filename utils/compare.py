@@ -12,6 +12,7 @@ import os
 import shlex
 import statistics
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from utils.errors import BadInput
 from utils.figures import Figure, Line2D, colormaps, render
 from utils.files import refuse_existing, write_output
 from utils.logger import LOG, draw_curve, panels, read_log
+from utils.options import as_words
 from utils.run_folder import COMMAND
 from utils.words import counted
 
@@ -80,25 +82,38 @@ def read_runs(folders: list[str]) -> dict[str, Run]:
 
 
 def read_options(folder: Path) -> dict[str, str] | None:
-    """{option: as it is typed} by a run's command.txt: of its commands, the last that names it; None without one."""
+    """{option: as it is typed} by a run's command.txt: of its commands, the last that names it; None without one.
+
+    An option that an older run doesn't name had its default.
+    """
     options = {}
-    imagenet.build_parser()
-    no_setting = {name.replace("_", "-") for name in named(Kind.PLACE) + named(Kind.MACHINE)}
     try:
         lines = (folder / COMMAND).read_text(errors="replace").splitlines()
         for heading, line in itertools.pairwise(lines):
-            if heading != "# every option":
-                continue
-            _, *words = itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(line))
-            for word in words:
-                if word.startswith("--"):
-                    name, *value = word[2:].split("=", 1)
-                    typed = options[name.removeprefix("no-")] = [name, *value]
-                else:  # another number of a list
-                    typed.append(word)
+            if heading == "# every option":
+                options |= by_option(itertools.dropwhile(lambda word: not word.endswith(".py"), shlex.split(line)))
     except (OSError, ValueError):
         return None
-    return {name: " ".join(typed) for name, typed in options.items() if name not in no_setting} or None
+    if not options:
+        return None
+    defaults = vars(imagenet.build_parser().parse_args([]))
+    usual = [as_words(name, value) for name, value in defaults.items() if name not in named(Kind.ONCE)]
+    for name, typed in by_option(itertools.chain.from_iterable(usual)).items():
+        options.setdefault(name, typed)
+    no_setting = {name.replace("_", "-") for name in named(Kind.PLACE) + named(Kind.MACHINE)}
+    return {name: typed for name, typed in options.items() if name not in no_setting}
+
+
+def by_option(words: Iterable[str]) -> dict[str, str]:
+    """{option: as it is typed} of the words of a command."""
+    options = {}
+    for word in words:
+        if word.startswith("--"):
+            name, *value = word[2:].split("=", 1)
+            typed = options[name.removeprefix("no-")] = [name, *value]
+        elif options:  # another number of a list
+            typed.append(word)
+    return {name: " ".join(typed) for name, typed in options.items()}
 
 
 def join_seeds(runs: dict[str, Run]) -> dict[str, list[Rows]]:

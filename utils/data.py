@@ -83,6 +83,9 @@ class Data:
         if not args.evaluate:
             self.images[TRAIN] = source(args.data, TRAIN)
             check_same_classes(self.images[TRAIN], self.images[VAL])
+        for name, images in self.images.items():
+            if len(images) == 0:
+                raise BadInput(f"--data: {args.data} has no images in {name}")
         counts = " and ".join(f"{len(images):,} in {name}" for name, images in self.images.items())
         classes = counted(len(self.classes), "class")
         print(f"Images: {counts}, {classes}; listed in {time.monotonic() - start:.1f} s")
@@ -132,7 +135,7 @@ class Data:
         if rest:
             print(f"Images of each shuffle that make no whole step and wait for another epoch: {rest}")
         rate = 0.1 * self.step_images / 256
-        if args.lr > 2 * rate and not args.warmup:
+        if args.lr > 2 * rate and not args.warmup and args.optimizer == "sgd":
             suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}, or --warmup"
             print(f"--lr {args.lr:g} is high for steps of {counted(self.step_images, 'image')}; {suggested}")
         if args.schedule and min(args.schedule) >= args.epochs and not args.cosine:

@@ -160,3 +160,5 @@ def check_same_classes(train: ImageFolder, val: ImageFolder) -> None:
                 f"--data: {name} has no folder for the class {missing[0]!r}{more}{''.join(likeness)}; "
                 "train and val must hold the same classes"
             )
+    if train.classes != val.classes:
+        raise BadInput("--data: train and val have the same classes in another order, and so with other numbers")

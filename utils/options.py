@@ -46,6 +46,9 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
     for name in ("resume", "pretrained", *outputs) if "init" in given else ():
         refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
     saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
+    if saved and saved["options"]:  # what an older run doesn't name, it had by default
+        kept = {name: value for name, value in defaults.items() if name not in named(Kind.ONCE)}
+        saved["options"] = kept | saved["options"]
     run = of_checkpoint(parser, saved) if saved else {}
     for source in (saved if {*outputs} & given.keys() else None, init):
         if source:
@@ -61,7 +64,7 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
     if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
     if saved:
-        check_resuming(args, saved, given, defaults)
+        check_resuming(args, saved, given)
         if "epoch" in saved["missing"]:
             saved["epoch"] = args.start_epoch or 0
     args.start_epoch = args.start_epoch or 0
@@ -113,6 +116,9 @@ def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict
         return {}
     actions = {action.dest: action for action in parser._actions if action.dest not in (*named(Kind.ONCE), "help")}
     for name, value in saved["options"].items():
+        is_own = name == "formulation" and isinstance(value, str) and value not in actions[name].choices
+        hint = f"a run with --formulation {value}, which this script doesn't have; take the one that adds it"
+        refuse(is_own, f"{source}: {saved['file']} is of {hint}")
         refuse(
             name not in actions or not accepts(actions[name], value),
             f"{source}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
@@ -135,8 +141,8 @@ def accepts(action: argparse.Action, value: object) -> bool:
     return type(converted) is type(value) and converted == value
 
 
-def check_resuming(args: argparse.Namespace, saved: dict, given: dict, defaults: dict) -> None:
-    """What can't be changed in a run that goes on; an option that an older run lacks had its default."""
+def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
+    """What can't be changed in a run that goes on."""
     knows_epoch = "epoch" not in saved["missing"]
     refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
     refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
@@ -148,10 +154,10 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict, defaults:
     if saved["step"] and trains:
         fixed |= dict.fromkeys(named(Kind.ORDER), "in the middle of an epoch")
     has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
-    is_elsewhere = not has_data and not os.path.isdir(args.data)
+    is_elsewhere = not has_data and not os.path.exists(args.data)
     refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
     for name, where in fixed.items():
-        old = (defaults | saved["options"])[name]
+        old = saved["options"].get(name)
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
 
 
@@ -242,18 +248,24 @@ def command(args: argparse.Namespace) -> str:
     if args.excitation is None:
         left_out.add("formulation")
     if args.resume is not None:
-        left_out |= {"pretrained", "start_epoch"}
+        left_out.add("pretrained")
+    if args.resume is not None and not args.start_epoch:  # which only goes with weights of another trainer
+        left_out.add("start_epoch")
     words = []
     for name, value in (of_run(args) | begin).items():
         if name in left_out:
             continue
-        if isinstance(value, list):
-            words += [flag(name), *map(str, value)]
-        elif isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        elif value is not None:
-            words.append(f"{flag(name)}={value}")
+        words += as_words(name, value)
     return distributed.command(words)
+
+
+def as_words(name: str, value: object) -> list[str]:
+    """An option as it is typed; nothing where it has no value."""
+    if isinstance(value, list):
+        return [flag(name), *map(str, value)]
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    return [] if value is None else [f"{flag(name)}={value}"]
 
 
 @contextlib.contextmanager

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
+from utils.errors import BadInput
 from utils.images import BadImage, random_resized_crop, resized_center_crop, rgb
 
 REPLACEMENTS = 100  # images in a row that may be bad
@@ -47,20 +49,32 @@ class Pairs:
     Args:
         dataset: of PIL images, or of uint8 tensors (3, height, width), and the numbers of their classes.
         classes: their names; None takes those of the data set.
+
+    Raises:
+        BadInput: nobody names the classes.
     """
 
     def __init__(self, dataset: Sequence[tuple[Image.Image | Tensor, int]], classes: Sequence[str] | None = None):
-        self.dataset, self.classes = dataset, [str(name) for name in (classes or dataset.classes)]
+        if classes is None and not hasattr(dataset, "classes"):
+            raise BadInput(f"a {type(dataset).__name__} doesn't name its classes: give Pairs(dataset, classes=[...])")
+        self.dataset = dataset
+        self.classes = [str(name) for name in (dataset.classes if classes is None else classes)]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def load(self, index: int) -> tuple[Tensor, int]:
         image, target = self.dataset[index]
-        return image if isinstance(image, Tensor) else pil_to_tensor(rgb(image)), int(target)
+        pixels = image if isinstance(image, Tensor) else pil_to_tensor(rgb(image))
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            shape = f"{list(pixels.shape)} {pixels.dtype}".replace("torch.", "")
+            raise BadImage(f"it is a tensor {shape}, and not [3, height, width] uint8: leave ToTensor() out")
+        if not 0 <= int(target) < len(self.classes):
+            raise BadImage(f"its class is {int(target)}, and there are {len(self.classes)}")
+        return pixels, int(target)
 
     def path(self, index: int) -> str:
-        return f"image {index}"
+        return f"number {index}"
 
     def digest(self) -> str:
         """By the names of the classes, the number of images, and the classes of all where the data set has a list."""

@@ -139,7 +139,8 @@ def test_the_options_of_a_run(tmp_path):
     first = "python imagenet.py --data='my images' --lr=0.1 --train-batch=256 --test-batch=200 --schedule 30 60 "
     first += "--standardize --init=a.pth --start-epoch=0"
     second = "torchrun --nproc-per-node 2 ./imagenet.py --lr=0.2 --schedule 40 --no-standardize --resume=a --workers=2"
-    assert read_options(log(tmp_path / "a", 1, first, second)) == {
+    options = read_options(log(tmp_path / "a", 1, first, second))
+    assert options == options | {
         "data": "data my images",
         "lr": "lr 0.2",
         "train-batch": "train-batch 256",
@@ -147,7 +148,9 @@ def test_the_options_of_a_run(tmp_path):
         "standardize": "no-standardize",
         "init": "init a.pth",
         "start-epoch": "start-epoch 0",
+        "optimizer": "optimizer sgd",  # as every older run's
     }
+    assert not {*options} & {"checkpoint", "resume", "workers", "test-batch"}
     assert read_options(log(tmp_path / "b", 1)) is None
     assert read_options(log(tmp_path / "c", 1, "imagenet.py --lr='0.1")) is None
 
