@@ -10,6 +10,7 @@ from torchvision.datasets import FakeData
 import imagenet
 from tests.helpers import EXCITED, ROOT, assert_same_run, checkpoint
 from utils import command
+from utils.errors import BadInput
 from utils.samples import Pairs, Samples
 
 CLASSES = ["cat", "dog"]
@@ -90,14 +91,35 @@ def test_images_of_any_mode_and_tensors():
     assert Samples(Pairs([(tensor, 0)], CLASSES), 7)[0, 0].pixels.shape == (3, 7, 7)
 
 
-def test_parts_of_different_classes(run, source, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Fake, "__len__", lambda images: 4)
+@pytest.mark.parametrize("image, target, reason", [
+    (torch.rand(3, 8, 8), 0, "it is a tensor [3, 8, 8] float32, and not [3, height, width] uint8: leave ToTensor out"),
+    (torch.zeros(1, 8, 8, dtype=torch.uint8), 0, "it is a tensor [1, 8, 8] uint8, and not"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), 2, "its class is 2, and there are 2"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), -100, "its class is -100, and there are 2"),
+])  # fmt: skip
+def test_what_is_no_image_of_a_class(image, target, reason):
+    (told,) = Samples(Pairs([(image, target)], CLASSES), 7)[0, 0].reasons
+    assert told.startswith(f"can't decode the image number 0 ({reason}")
+
+
+def test_classes_without_names():
+    with pytest.raises(BadInput, match=r"a list doesn't name its classes: give Pairs\(dataset, classes="):
+        Pairs([])
+
+
+@pytest.mark.parametrize("classes, count, text", [
+    (["cat", "emu"], 4, "train and val must hold the same classes"),
+    (["dog", "cat"], 4, "--data: train and val have the same classes in another order"),
+    (["cat", "dog"], 0, " has no images in val"),
+])  # fmt: skip
+def test_parts_that_can_not_be_used(run, source, tmp_path, monkeypatch, capsys, classes, count, text):
     original = Fake.__init__
 
     def other(images: Fake, root: str, train: bool, download: bool) -> None:
         original(images, root, train, download)
-        images.classes = CLASSES if train else ["cat", "emu"]
+        images.classes = CLASSES if train else classes
 
     monkeypatch.setattr(Fake, "__init__", other)
+    monkeypatch.setattr(Fake, "__len__", lambda images: count)
     assert run(*EXCITED, "-d", tmp_path, "-c", tmp_path / "run") == 2
-    assert "train and val must hold the same classes" in capsys.readouterr().err
+    assert text in capsys.readouterr().err

@@ -14,7 +14,7 @@ import models
 from models.excitation import FORMULATIONS, ChannelGate
 from models.inspection import inspect_layers
 from models.layers import Conv2d, excite, excited_once, fold
-from tests.helpers import EXCITED, ROOT, assert_same_run, checkpoint
+from tests.helpers import EXCITED, ROOT, assert_refused, assert_same_run, checkpoint
 from utils import distributed
 
 
@@ -112,6 +112,27 @@ def test_a_run(command, images, tmp_path, stop_after):
     for name in ("weights.png", "gates.png"):
         with Image.open(tmp_path / "pictures" / name) as picture:
             assert len(picture.convert("L").getcolors()) > 100
+
+
+def test_another_script_does_not_go_on_with_a_formulation_that_it_lacks(command, images, tmp_path):
+    assert command(*EXCITED, "-d", images, "--epochs", 1, "--formulation", "mine", "-c", tmp_path / "run").status == 0
+    halves = FORMULATIONS.pop("mine")
+    assert_refused(
+        command("-e", "--resume", tmp_path / "run"), "is of a run with --formulation mine, which this script"
+    )
+    FORMULATIONS["mine"] = halves
+
+
+@pytest.mark.parametrize("half", [nn.Linear(2, 2), nn.Linear])
+def test_a_map_has_no_parameters(half):
+    FORMULATIONS["mine"]["lwe"] = half
+    with pytest.raises(ValueError, match="linear is neither a subclass of Gate nor a function"):
+        Conv2d(4, 6, 3, formulation="mine")
+
+
+def test_in_half_precision():
+    model = network().bfloat16()
+    assert model(torch.randn(1, 3, 8, 8).bfloat16()).isfinite().all()
 
 
 def test_two_halves_of_one_kind():

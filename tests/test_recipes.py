@@ -88,9 +88,10 @@ def test_a_run_from_before_these_options_goes_on(command, run):
     del saved["seconds"], saved["ema"]
     saved["log"] = [row[:10] for row in saved["log"]]  # as it was before the epochs' costs
     torch.save(saved, run / LAST)
-    ended = command("--resume", run, "--epochs", 3)
+    ended = command("--resume", run, "--epochs", 3, "--ema", 0.9)
     assert ended.status == 0
-    assert "Changed: --epochs 2 -> 3; the learning rate" in ended.out  # and not what it doesn't name
+    # What it doesn't name had its default.
+    assert "Changed: --epochs 2 -> 3, --ema 0.0 -> 0.9; the learning rate" in ended.out
     seconds = [row["Seconds"] for row in read_log(run / "log.txt")]
     assert seconds[:2] == [0, 0] and seconds[2] > 0
 

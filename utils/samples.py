@@ -68,7 +68,7 @@ class Pairs:
         pixels = image if isinstance(image, Tensor) else pil_to_tensor(rgb(image))
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
             shape = f"{list(pixels.shape)} {pixels.dtype}".replace("torch.", "")
-            raise BadImage(f"it is a tensor {shape}, and not [3, height, width] uint8: leave ToTensor() out")
+            raise BadImage(f"it is a tensor {shape}, and not [3, height, width] uint8: leave ToTensor out")
         if not 0 <= int(target) < len(self.classes):
             raise BadImage(f"its class is {int(target)}, and there are {len(self.classes)}")
         return pixels, int(target)

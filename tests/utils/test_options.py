@@ -78,6 +78,8 @@ def test_weights_of_another_trainer_are_trained_from_the_epoch_that_is_named(tmp
     torch.save({"fc.weight": torch.ones(2, 3)}, file)
     words = ["-d", "x", "-c", str(tmp_path), "--resume", str(file)]
     for more, epoch in (([], 0), (["--start-epoch", "7"], 7)):
+        noted = shlex.split(options.command(resolve(*words, *more)))
+        assert ("--start-epoch=7" in noted) is (epoch == 7)
         _, saved, _ = options.resolve(imagenet.build_parser(), words + more)
         assert saved["epoch"] == epoch
 
