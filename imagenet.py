@@ -50,7 +50,7 @@ def build_parser() -> Parser:
 
     add = parser.group("data")
     add("-d", "--data", kind=OWN, **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
-    add("-j", "--workers", kind=OWN | MACHINE, **NATURAL, help="that load images [8 a GPU, at most one a core]")
+    add("-j", "--workers", kind=OWN | MACHINE, **NATURAL, help="processes that load images [8 a GPU, at most cores]")
     add("--image-size", kind=KEYWORD, **COUNT, default=224, help="pixels, the side of the network's input [224]")
     add("--skip-bad-images", **SWITCH, default=False, help="leave out images that can't be decoded [no]")
     add("--demo", kind=ONCE, action="store_true", help="draw ten classes of shapes, and train on them, in a minute")
