@@ -9,7 +9,7 @@ squeeze-and-excitation networks (Hu et al., arXiv 1709.01507) whose input is a w
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +194,8 @@ def words(half: Half) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
 
 
-class Settings(NamedTuple):
+@dataclass(frozen=True)  # and no NamedTuple, of whose properties the compiler of torch 2.8 knows nothing
+class Settings:
     """How a weight is excited: standardized first, then gated, then mapped.
 
     Attributes:
@@ -228,11 +229,17 @@ class Settings(NamedTuple):
 
     @property
     def gate(self) -> type[Gate] | None:
-        return next(filter(is_gate, self.halves().values()), None)
+        for half in self.halves().values():
+            if is_gate(half):
+                return half
+        return None
 
     @property
     def map(self) -> Map | None:
-        return next((half for half in self.halves().values() if not is_gate(half)), None)
+        for half in self.halves().values():
+            if not is_gate(half):
+                return half
+        return None
 
 
 def excite_weight(raw: Tensor, settings: Settings, gate: Callable[[Tensor], Tensor] | None) -> Tensor:

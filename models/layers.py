@@ -97,7 +97,8 @@ class ExcitedConv(_ConvNd):
         if self.weight.is_complex():
             raise ValueError("complex weights can't be excited")
         self.settings = settings
-        self.excitation, self.formulation, self.standardize = settings
+        self.excitation, self.formulation = settings.excitation, settings.formulation
+        self.standardize = settings.standardize
         if is_depthwise(self):
             self.excitation, self.standardize = "none", False
         self.excites = self.standardize or self.excitation != "none"
