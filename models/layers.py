@@ -338,9 +338,9 @@ def _needs_grad(conv: ExcitedConv) -> bool:
 def _own_tensors(conv: ExcitedConv) -> list[Tensor]:
     """The weight and the gate's, which may be no parameters where something replaced them."""
     layer = conv.layer()
-    return (
-        layer.tensors() if layer.is_known() else [conv.weight, *([] if conv.gate is None else conv.gate.parameters())]
-    )
+    if layer.is_known():
+        return layer.tensors()
+    return [conv.weight, *(() if conv.gate is None else conv.gate.parameters())]
 
 
 def _excited_weights(convs: list[ExcitedConv]) -> list[Tensor]:

@@ -636,3 +636,14 @@ def test_onnx_takes_a_folded_network(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "folded.onnx", providers=["CPUExecutionProvider"])
     (outputs,) = session.run(None, {"images": batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs), model(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU's path")
+def test_a_block_takes_the_memory_of_the_one_before():
+    """Page faults of fresh memory take as long as the arithmetic; here the first weight is still held."""
+    conv = Conv2d(4, 6, 3)
+    held = []
+    for _ in range(2):
+        with excited_once(conv):
+            held.append(conv.excited)
+    assert held[0].data_ptr() == held[1].data_ptr()
