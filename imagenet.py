@@ -22,20 +22,24 @@ from torch import nn
 import models
 from models.excitation import EXCITATIONS, FORMULATIONS
 from models.layers import excited_once, fold
-from utils import checkpoint, command, distributed, options, outputs, workers
-from utils.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Parser, path
-from utils.classifier import Classifier, classify
-from utils.data import Data, image_folders
+from utils.cli import options, outputs
+from utils.cli.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Parser, path
+from utils.cli.script import run_script
 from utils.errors import NotFinite, RunFailed
-from utils.logger import Logger
-from utils.meters import Measured, Progress, Reading, Scores, Sums
-from utils.optimizers import build_average, build_optimizer, load_optimizer, step_if
-from utils.predictions import Predictions
-from utils.run_folder import RunFolder
-from utils.samples import Source
-from utils.signals import Stop, Stopped
+from utils.images import workers
+from utils.images.data import Data, image_folders
+from utils.images.samples import Source
+from utils.images.workers import Batch
+from utils.machine import distributed
+from utils.machine.signals import Stop, Stopped
+from utils.network.classifier import Classifier, classify
+from utils.network.optimizers import build_average, build_optimizer, load_optimizer, step_if
+from utils.reports.logger import Logger
+from utils.reports.meters import Measured, Progress, Reading, Scores, Sums
+from utils.reports.predictions import Predictions
+from utils.runs import checkpoint
+from utils.runs.run_folder import RunFolder
 from utils.words import counted
-from utils.workers import Batch
 
 KEYWORD, FIXED, ORDER, BEGINNING, ONCE, OUTPUT, OWN, PLACE, MACHINE = Kind
 NETWORK, WRITES = KEYWORD | FIXED, ONCE | OUTPUT
@@ -218,7 +222,7 @@ class Run:
             self.scores.add(sums._replace(skipped=float(not is_finite)))
 
     def checkpoint(self) -> dict:
-        """The state in plain tensors, numbers, strings, lists and dicts; utils/checkpoint.py says what each is."""
+        """The state in plain tensors, numbers, strings, lists and dicts; utils/runs/checkpoint.py says what each is."""
         self.read()
         return {
             "epoch": self.epoch,
@@ -384,4 +388,4 @@ def validate(
 
 
 if __name__ == "__main__":
-    command.script(main, "imagenet.py")
+    run_script(main, "imagenet.py")

@@ -20,8 +20,8 @@ from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio,
 from models import excitation, fused
 from models.excitation import Settings
 from models.layers import excited_once, fold
-from utils import command
-from utils.arguments import Parser, number
+from utils.cli.arguments import Parser, number
+from utils.cli.script import run_script
 
 EVALUATION = 4  # images of a batch
 EACH_FORWARD = ", each forward"  # after the name of a variant
@@ -111,4 +111,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.script(main, "benchmarks.excitation")
+    run_script(main, "benchmarks.excitation")

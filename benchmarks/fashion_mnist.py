@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
-from utils import command
-from utils.arguments import Parser, number, path
+from utils.cli.arguments import Parser, number, path
+from utils.cli.script import run_script
 from utils.errors import BadInput, RunFailed
 
 
@@ -56,4 +56,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.script(main, "benchmarks.fashion_mnist")
+    run_script(main, "benchmarks.fashion_mnist")

@@ -42,13 +42,14 @@ from benchmarks import pipeline
 from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
 from models.excitation import FORMULATIONS
 from models.layers import ExcitedConv, excited_once
-from utils import command, distributed
-from utils.arguments import Parser, cores, number
-from utils.classifier import Classifier, classify
-from utils.data import MEAN, STD, Data
+from utils.cli.arguments import Parser, cores, number
+from utils.cli.script import run_script
 from utils.errors import BadInput
-from utils.signals import Stop
-from utils.workers import PREFETCHED, Batch, end_workers
+from utils.images.data import MEAN, STD, Data
+from utils.images.workers import PREFETCHED, Batch, end_workers
+from utils.machine import distributed
+from utils.machine.signals import Stop
+from utils.network.classifier import Classifier, classify
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if IS_GPU else torch.device("cpu")
@@ -420,4 +421,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.script(main, "benchmarks.gpu")
+    run_script(main, "benchmarks.gpu")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import models
 from benchmarks.measure import markdown
 from models.layers import fold
-from utils import command
-from utils.arguments import Parser, number
+from utils.cli.arguments import Parser, number
+from utils.cli.script import run_script
 
 
 def activation_bytes(model: nn.Module, image_size: int) -> int:
@@ -46,4 +46,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.script(main, "benchmarks.memory")
+    run_script(main, "benchmarks.memory")

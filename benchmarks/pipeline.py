@@ -20,11 +20,11 @@ from torchvision import transforms
 from torchvision.io import decode_jpeg, read_file
 
 from benchmarks.measure import markdown, median, ratio, rounds
-from utils import command
-from utils.arguments import Parser, number
-from utils.data import MEAN, STD
-from utils.folders import ImageFolder
-from utils.samples import Samples
+from utils.cli.arguments import Parser, number
+from utils.cli.script import run_script
+from utils.images.data import MEAN, STD
+from utils.images.folders import ImageFolder
+from utils.images.samples import Samples
 
 IMAGES = 256
 SIZE = 224
@@ -91,4 +91,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.script(main, "benchmarks.pipeline")
+    run_script(main, "benchmarks.pipeline")

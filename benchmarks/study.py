@@ -23,15 +23,15 @@ from scipy import stats
 
 import imagenet
 from benchmarks.measure import markdown
-from utils import command
-from utils.arguments import Parser, flag, number, path
-from utils.checkpoint import LAST, versions
-from utils.data import TRAIN, VAL
+from utils.cli.arguments import Parser, flag, number, path
+from utils.cli.script import run_script
 from utils.errors import BadInput, NotFinite, RunFailed
-from utils.figures import Figure, render
 from utils.files import write_atomically
-from utils.folders import ImageFolder
-from utils.logger import LOG, read_log
+from utils.images.data import TRAIN, VAL
+from utils.images.folders import ImageFolder
+from utils.reports.figures import Figure, render
+from utils.reports.logger import LOG, read_log
+from utils.runs.checkpoint import LAST, versions
 
 # What a CPU can do in some hours, for Fashion-MNIST; words after -- override it.
 RECIPE = "--epochs 5 --schedule 3 --image-size 28 --train-batch 128 --test-batch 500 -j 0"
@@ -279,4 +279,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command.script(main, "benchmarks.study")
+    run_script(main, "benchmarks.study")

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tests.helpers import ROOT, TINY, assert_same_run, checkpoint, draw_folder
-from utils.checkpoint import BEST, LAST
+from utils.runs.checkpoint import BEST, LAST
 
 WORDS = [*TINY, "--train-batch", "2", "--epochs", "3", "--schedule", "1", "--drop", "0.2"]
 STOPPING = """
@@ -35,8 +35,11 @@ imagenet.train_step = stopping
 sys.argv = ["imagenet.py", *sys.argv[1:]]
 if not inspect.signature(imagenet.main).parameters:
     sys.exit(imagenet.main())
-from utils import command
-command.script(imagenet.main, "imagenet.py")
+try:
+    from utils.cli.script import run_script
+except ImportError:  # an older commit
+    from utils.command import script as run_script
+run_script(imagenet.main, "imagenet.py")
 """
 
 

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 import models
 from models.excitation import FORMULATIONS
 from tests.helpers import EXCITED, draw_folder, register_tiny, run_command, send
-from utils.signals import ENDING
+from utils.machine.signals import ENDING
 
 
 @pytest.fixture(scope="session", autouse=True)

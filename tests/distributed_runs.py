@@ -9,9 +9,9 @@ import torch.distributed as dist
 import imagenet
 import models
 from tests.helpers import register_tiny
-from utils import command
-from utils.signals import Stop, Stopped
-from utils.workers import Batch
+from utils.cli.script import run_script
+from utils.images.workers import Batch
+from utils.machine.signals import Stop, Stopped
 
 RANK = os.environ["RANK"]
 
@@ -72,4 +72,4 @@ def count_bytes(*iter_sizes: int) -> int:
 
 if __name__ == "__main__":
     register_tiny()
-    command.script(main, "imagenet.py")
+    run_script(main, "imagenet.py")

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from utils.demo import draw
+from utils.images.demo import draw
 
 
 def drawing(size: tuple[int, int] = (200, 150)) -> Image.Image:

@@ -20,10 +20,10 @@ from torchvision.models._api import register_model
 import imagenet
 import models
 from models.imagenet.resnet import BasicBlock, ResNet
-from utils import command
-from utils.demo import draw
-from utils.figures import Figure, render
-from utils.logger import COLUMNS
+from utils.cli.script import call, run_script
+from utils.images.demo import draw
+from utils.reports.figures import Figure, render
+from utils.reports.logger import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 300  # seconds; so long a busy machine may take for what takes seconds
@@ -61,8 +61,8 @@ def run_command(*words) -> int:
 
     Its log.png is blank: most of the time of such a small run would go into that.
     """
-    with mock.patch("utils.logger.render", lambda *_, **options: blank_picture()):
-        return command.run(imagenet.main, [str(word) for word in words], "imagenet.py")
+    with mock.patch("utils.reports.logger.render", lambda *_, **options: blank_picture()):
+        return call(imagenet.main, [str(word) for word in words], "imagenet.py")
 
 
 @functools.cache
@@ -245,4 +245,4 @@ def tiny_checkpoint(epoch: int = 1) -> dict:
 
 if __name__ == "__main__":
     register_tiny()
-    command.script(imagenet.main, "imagenet.py")
+    run_script(imagenet.main, "imagenet.py")

@@ -9,9 +9,9 @@ from torchvision.datasets import FakeData
 
 import imagenet
 from tests.helpers import EXCITED, ROOT, assert_same_run, checkpoint
-from utils import command
+from utils.cli.script import call
 from utils.errors import BadInput
-from utils.samples import Pairs, Samples
+from utils.images.samples import Pairs, Samples
 
 CLASSES = ["cat", "dog"]
 
@@ -44,7 +44,7 @@ def source(monkeypatch):
 def run(source):
     """Run the command of the code with these words; returns its exit status."""
     main = functools.partial(imagenet.main, source=source)
-    return lambda *words: command.run(main, [str(word) for word in words], "cifar.py")
+    return lambda *words: call(main, [str(word) for word in words], "cifar.py")
 
 
 def test_a_run_is_that_of_folders_of_the_same_images(run, source, tmp_path, stop_after, capsys):
@@ -56,7 +56,7 @@ def test_a_run_is_that_of_folders_of_the_same_images(run, source, tmp_path, stop
             image.save(file)
     words = [*EXCITED, "--epochs", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command.run(imagenet.main, [*words[:-1], "2", "-d", str(tmp_path / "folders"), "-c", str(whole)], "x") == 0
+    assert call(imagenet.main, [*words[:-1], "2", "-d", str(tmp_path / "folders"), "-c", str(whole)], "x") == 0
     (tmp_path / "data").mkdir()
     stop_after(2)
     assert run(*words, "-d", tmp_path / "data", "-c", parts, "-j", 2) == 143

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.helpers import EXCITED, SIZES, assert_refused, checkpoint, draw_folder
-from utils.checkpoint import BEST
-from utils.logger import read_log
+from utils.reports.logger import read_log
+from utils.runs.checkpoint import BEST
 
 
 def test_fine_tuning_on_other_classes(command, run, tmp_path):

@@ -22,16 +22,16 @@ from benchmarks.gpu import batches, run_of, train
 from models import layers, stacked
 from models.layers import Conv2d, group_norm
 from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, infinite_gradient, started
-from utils import checkpoint as checkpoints
-from utils import command as commands
-from utils import distributed
-from utils import workers as loading
-from utils.checkpoint import load
-from utils.data import Data
+from utils.cli.script import run_script
 from utils.errors import BadInput, NotFinite
-from utils.meters import Scores
-from utils.signals import ENDING, Stop
-from utils.workers import Batch
+from utils.images import workers as loading
+from utils.images.data import Data
+from utils.images.workers import Batch
+from utils.machine import distributed
+from utils.machine.signals import ENDING, Stop
+from utils.reports.meters import Scores
+from utils.runs import checkpoint as checkpoints
+from utils.runs.checkpoint import load
 
 CPU = [torch.device("cpu", index) for index in range(4)]  # as GPUs 0 to 3
 NONE_DECODED = Batch(torch.empty(0, 3, 0, 0), torch.zeros(0, dtype=torch.long), 2, [])
@@ -196,7 +196,7 @@ def end_of(rank: int, device: str, fails: bool, port: int) -> None:
     # Without a GPU there is no NCCL.
     torch.distributed.init_process_group = lambda backends, **more: init(backends.split(",")[0], **more)
     try:
-        commands.script(main, "script.py")
+        run_script(main, "script.py")
     except SystemExit as end:
         os._exit(100 + end.code)
 
@@ -245,8 +245,8 @@ def test_workers_of_a_run_on_a_gpu_start_clean_and_leave_signals_to_it(images):
 KILLED = """
 import os, signal, sys, time, torch, imagenet
 from multiprocessing import forkserver
-from utils.data import Data
-from utils.workers import running
+from utils.images.data import Data
+from utils.images.workers import running
 steps = Data(imagenet.build_parser().parse_args(sys.argv[1:]), torch.device("cuda")).training(0)
 next(next(steps))
 server = forkserver._forkserver._forkserver_pid

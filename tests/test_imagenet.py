@@ -31,13 +31,13 @@ from tests.helpers import (
     scores,
     started,
 )
-from utils import outputs
-from utils.checkpoint import BEST, LAST, PREVIOUS
-from utils.logger import read_log
+from utils.cli import outputs
+from utils.reports.logger import read_log
+from utils.runs.checkpoint import BEST, LAST, PREVIOUS
 
 
 def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.meters.LINE_SECONDS", 0)
+    monkeypatch.setattr("utils.reports.meters.LINE_SECONDS", 0)
     run = tmp_path / "some" / "run"
     first = command(*EXCITED, "-d", images, "-c", run, "--epochs", 3, "--schedule", 1, 2, "--keep-freq", 2)
     assert (first.status, first.err) == (0, "")
@@ -101,7 +101,7 @@ def test_a_refusal_as_a_process(tmp_path):
 
 def test_the_demo(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.demo.IMAGES", {"train": 4, "val": 1})
+    monkeypatch.setattr("utils.images.demo.IMAGES", {"train": 4, "val": 1})
     words = ["--demo", "-a", "l_tiny", "--epochs", 1, "-j", 0]
     first = command(*words)
     assert first.status == 0

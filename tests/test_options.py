@@ -16,8 +16,8 @@ from torchvision.models import ResNet50_Weights
 import imagenet
 import models
 from tests.helpers import checkpoint
-from utils import distributed
-from utils.logger import read_log
+from utils.machine import distributed
+from utils.reports.logger import read_log
 
 # As --help gives them in brackets: bearpaw's pytorch-classification, and ImageNet's usual recipe.
 DEFAULTS = {
@@ -79,7 +79,7 @@ ELSEWHERE = {
     "base_width": "models/test_create.py",
     "pretrained": "test_imagenet.py test_pretrained_weights",
     "init": "test_fine_tuning.py",
-    "overwrite": "utils/test_run_folder.py",
+    "overwrite": "utils/runs/test_run_folder.py",
     "save_freq": "test_resuming.py",
     "keep_freq": "test_resuming.py",
     "resume": "test_resuming.py",

@@ -15,7 +15,7 @@ from models.excitation import FORMULATIONS, ChannelGate
 from models.inspection import inspect_layers
 from models.layers import Conv2d, excite, excited_once, fold
 from tests.helpers import EXCITED, ROOT, assert_refused, assert_same_run, checkpoint
-from utils import distributed
+from utils.machine import distributed
 
 
 @pytest.fixture(autouse=True)

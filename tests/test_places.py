@@ -18,9 +18,9 @@ from PIL import Image
 
 import imagenet
 from tests.helpers import EXCITED, PATIENCE, ROOT, SMALL, assert_fails, changed_logits, run_command
-from utils import demo
-from utils.checkpoint import BEST, LAST, PREVIOUS
-from utils.run_folder import LOCK
+from utils.images import demo
+from utils.runs.checkpoint import BEST, LAST, PREVIOUS
+from utils.runs.run_folder import LOCK
 
 NOTEBOOK = "module://matplotlib_inline.backend_inline"
 
@@ -89,7 +89,10 @@ def test_few_open_files(images, tmp_path):
 
 def test_a_notebooks_backend_that_is_not_here():
     """Nothing imports it, and what a command starts has it still."""
-    code = "import os; from utils.figures import *; print(render(Figure())[1:4].decode(), os.environ['MPLBACKEND'])"
+    code = (
+        "import os; from utils.reports.figures import *; "
+        "print(render(Figure())[1:4].decode(), os.environ['MPLBACKEND'])"
+    )
     ended = run_process("-c", code, MPLBACKEND=NOTEBOOK)
     assert (ended.status, ended.out, ended.err) == (0, f"PNG {NOTEBOOK}\n", "")
 

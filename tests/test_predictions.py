@@ -11,10 +11,10 @@ from torchvision.datasets import ImageFolder
 import models
 from models.layers import fold
 from tests.helpers import checkpoint
-from utils.classifier import normalize
-from utils.images import decode, read, resized_center_crop
-from utils.predictions import Predictions
-from utils.workers import Batch
+from utils.images.pixels import decode, read, resized_center_crop
+from utils.images.workers import Batch
+from utils.network.classifier import normalize
+from utils.reports.predictions import Predictions
 
 COLUMNS = ["path", "class", "guess", "probability of the guess", "rank of the class"]
 

@@ -14,10 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import imagenet
 import models
 from tests.helpers import EXCITED, checkpoint
-from utils.checkpoint import LAST
-from utils.classifier import classify
-from utils.logger import read_log
-from utils.workers import Batch
+from utils.images.workers import Batch
+from utils.network.classifier import classify
+from utils.reports.logger import read_log
+from utils.runs.checkpoint import LAST
 
 EPOCHS, STEPS = 4, 3
 

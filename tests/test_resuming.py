@@ -37,11 +37,11 @@ from tests.helpers import (
     started,
     wait_until,
 )
-from utils import data
-from utils.checkpoint import BEST, LAST, PREVIOUS
-from utils.command import Output
-from utils.logger import read_log
-from utils.signals import waiting
+from utils.cli.script import Output
+from utils.images import data
+from utils.machine.signals import waiting
+from utils.reports.logger import read_log
+from utils.runs.checkpoint import BEST, LAST, PREVIOUS
 
 RANDOM = random.Random(0)
 THOROUGH = [*EXCITED, "--schedule", 1, "--drop", 0.3]

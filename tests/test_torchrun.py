@@ -25,8 +25,8 @@ from tests.helpers import (
     started,
     wait_until,
 )
-from utils.checkpoint import LAST
-from utils.logger import read_log
+from utils.reports.logger import read_log
+from utils.runs.checkpoint import LAST
 
 pytestmark = pytest.mark.slow
 

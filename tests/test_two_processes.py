@@ -19,11 +19,11 @@ import models
 from benchmarks.gpu import run_of
 from models.layers import Conv2d
 from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, copy_folder, run_command
-from utils import distributed
-from utils.checkpoint import LAST, PREVIOUS
 from utils.errors import BadInput
-from utils.signals import Stop
-from utils.workers import Batch
+from utils.images.workers import Batch
+from utils.machine import distributed
+from utils.machine.signals import Stop
+from utils.runs.checkpoint import LAST, PREVIOUS
 
 CPU = torch.device("cpu")
 
@@ -98,7 +98,7 @@ def test_both_validate_with_the_statistics_that_are_saved(command, images, tmp_p
 
 def test_one_process_draws_the_demo_for_both(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.demo.IMAGES", {"train": 1, "val": 1})
+    monkeypatch.setattr("utils.images.demo.IMAGES", {"train": 1, "val": 1})
     words = ["--demo", "-a", "l_tiny", "--epochs", 1, "-j", 0, "--train-batch", 4]
     assert in_two(lambda rank: run_command(*words), meets=False) == [0, 0]
 

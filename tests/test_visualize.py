@@ -12,8 +12,8 @@ import imagenet
 import models
 from models.inspection import inspect_layers
 from tests.helpers import assert_refused, checkpoint, contents
-from utils.checkpoint import LAST
-from utils.outputs import fresh_gates
+from utils.cli.outputs import fresh_gates
+from utils.runs.checkpoint import LAST
 
 
 def change(run: Path, arch: str, **network) -> None:

@@ -19,14 +19,14 @@ from typing import NamedTuple
 import numpy as np
 
 import imagenet
-from utils import command
-from utils.arguments import Kind, Parser, named, path
+from utils.cli.arguments import Kind, Parser, named, path
+from utils.cli.options import as_words
+from utils.cli.script import run_script
 from utils.errors import BadInput
-from utils.figures import Figure, Line2D, colormaps, render
 from utils.files import refuse_existing, write_output
-from utils.logger import LOG, draw_curve, panels, read_log
-from utils.options import as_words
-from utils.run_folder import COMMAND
+from utils.reports.figures import Figure, Line2D, colormaps, render
+from utils.reports.logger import LOG, draw_curve, panels, read_log
+from utils.runs.run_folder import COMMAND
 from utils.words import counted
 
 Rows = list[dict[str, float]]
@@ -172,4 +172,4 @@ def compare_curves(settings: dict[str, list[Rows]]) -> Figure:
 
 
 if __name__ == "__main__":
-    command.script(main, "utils.compare")
+    run_script(main, "utils.compare")

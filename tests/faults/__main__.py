@@ -1,18 +1,18 @@
 """How much the tests notice: put one fault at a time into a copy of the project, and run the tests that belong to it.
 
 python -m tests.faults                        all of them
-python -m tests.faults utils/images.py        those of a file
+python -m tests.faults utils/images/pixels.py        those of a file
 python -m tests.faults --note                 write down which test noticed each
 python -m tests.faults --check                only whether each can still be put in, and its test is there
 
 The faults stand in the text files beside this one. Each begins with a line of its kind and of what it does to a user:
 
-    == utils/images.py                        the file of the faults that follow
+    == utils/images/pixels.py                        the file of the faults that follow
 
     silent: red and blue swap their means     training or evaluation is wrong, and nothing says so
     - MEAN = (0.485, 0.456, 0.406)            this text, which the file has once,
     + MEAN = (0.406, 0.456, 0.485)            becomes this one
-    = tests/utils/test_images.py::test_norm   the test that noticed it last, which is asked first
+    = tests/utils/images/test_pixels.py::test_norm   the test that noticed it last, which is asked first
 
 ``loud`` is a crash, a wrong message, or something lost. ``same`` changes nothing that a user could see, for the reason
 that its line gives; it isn't put in, and tells the next reader not to try.
@@ -45,7 +45,7 @@ NEAR_MINUTES, ALL_MINUTES = 4, 20  # for the near tests and for all others; thos
 TESTS = {
     "imagenet.py": "test_options.py test_two_processes.py test_recipes.py test_imagenet.py test_gpu_paths.py "
     "test_resuming.py",
-    "models/": "models",
+    "models": "models",
     "models/__init__.py": "models/test_create.py models/imagenet test_options.py test_fine_tuning.py",
     "models/excitation.py": "models/test_excitation.py models/test_loops.py models/test_layers.py models",
     "models/fused.py": "models/test_excitation.py models/test_loops.py models/test_layers.py models",
@@ -54,32 +54,36 @@ TESTS = {
     "models/kernels.py": "models/test_gpu.py",
     "models/stacked.py": "models/test_gpu.py models/test_loops.py test_gpu_paths.py",
     "models/inspection.py": "models/test_inspection.py test_visualize.py",
-    "models/imagenet/": "models/imagenet models/test_create.py test_options.py",
-    "utils/": "utils test_options.py test_imagenet.py",
-    "utils/arguments.py": "utils/test_options.py test_options.py test_imagenet.py",
-    "utils/checkpoint.py": "utils/test_checkpoint.py test_fine_tuning.py test_gpu_paths.py test_resuming.py",
-    "utils/classifier.py": "utils/test_images.py test_options.py test_gpu_paths.py test_recipes.py",
-    "utils/command.py": "utils/test_command.py test_two_processes.py test_gpu_paths.py test_places.py",
+    "utils": "utils test_options.py test_imagenet.py",
+    "utils/cli/arguments.py": "utils/cli/test_options.py test_options.py test_imagenet.py",
+    "utils/cli/options.py": "utils/cli/test_options.py test_options.py test_fine_tuning.py test_imagenet.py "
+    "test_resuming.py",
+    "utils/cli/outputs.py": "test_visualize.py test_imagenet.py",
+    "utils/cli/script.py": "utils/cli/test_script.py test_two_processes.py test_gpu_paths.py test_places.py",
     "utils/compare.py": "test_study.py utils",
-    "utils/data.py": "utils/test_data.py test_two_processes.py test_options.py test_gpu_paths.py test_imagenet.py",
-    "utils/demo.py": "utils/test_demo.py test_imagenet.py test_places.py",
-    "utils/distributed.py": "test_two_processes.py utils/test_distributed.py test_gpu_paths.py test_options.py",
-    "utils/files.py": "utils/test_run_folder.py test_places.py test_resuming.py",
-    "utils/folders.py": "utils/test_data.py test_options.py test_imagenet.py",
-    "utils/images.py": "utils/test_images.py utils/test_data.py test_options.py",
-    "utils/logger.py": "utils/test_logger.py test_study.py test_imagenet.py",
-    "utils/meters.py": "utils/test_meters.py utils/test_logger.py test_gpu_paths.py test_imagenet.py",
-    "utils/optimizers.py": "utils/test_checkpoint.py test_options.py test_resuming.py test_gpu_paths.py",
-    "utils/options.py": "utils/test_options.py test_options.py test_fine_tuning.py test_imagenet.py test_resuming.py",
-    "utils/outputs.py": "test_visualize.py test_imagenet.py",
-    "utils/pictures.py": "utils/test_pictures.py test_visualize.py",
-    "utils/predictions.py": "test_predictions.py test_two_processes.py test_imagenet.py",
-    "utils/reading.py": "utils/test_checkpoint.py test_gpu_paths.py",
-    "utils/run_folder.py": "utils/test_run_folder.py test_resuming.py test_imagenet.py",
-    "utils/signals.py": "utils/test_signals.py test_places.py test_resuming.py",
-    "utils/samples.py": "utils/test_data.py test_another_data_set.py test_options.py test_imagenet.py",
+    "utils/files.py": "utils/runs/test_run_folder.py test_places.py test_resuming.py",
+    "utils/images/data.py": "utils/images/test_data.py test_two_processes.py test_options.py test_gpu_paths.py "
+    "test_imagenet.py",
+    "utils/images/demo.py": "utils/images/test_demo.py test_imagenet.py test_places.py",
+    "utils/images/folders.py": "utils/images/test_data.py test_options.py test_imagenet.py",
+    "utils/images/pixels.py": "utils/images/test_pixels.py utils/images/test_data.py test_options.py",
+    "utils/images/samples.py": "utils/images/test_data.py test_another_data_set.py test_options.py test_imagenet.py",
+    "utils/images/workers.py": "utils/images/test_workers.py utils/images/test_data.py test_gpu_paths.py "
+    "test_places.py test_resuming.py",
+    "utils/machine/distributed.py": "test_two_processes.py utils/machine/test_distributed.py test_gpu_paths.py "
+    "test_options.py",
+    "utils/machine/signals.py": "utils/machine/test_signals.py test_places.py test_resuming.py",
+    "utils/network/classifier.py": "utils/images/test_pixels.py test_options.py test_gpu_paths.py test_recipes.py",
+    "utils/network/optimizers.py": "utils/runs/test_checkpoint.py test_options.py test_resuming.py test_gpu_paths.py",
+    "utils/reports/logger.py": "utils/reports/test_logger.py test_study.py test_imagenet.py",
+    "utils/reports/meters.py": "utils/reports/test_meters.py utils/reports/test_logger.py test_gpu_paths.py "
+    "test_imagenet.py",
+    "utils/reports/pictures.py": "utils/reports/test_pictures.py test_visualize.py",
+    "utils/reports/predictions.py": "test_predictions.py test_two_processes.py test_imagenet.py",
+    "utils/runs/checkpoint.py": "utils/runs/test_checkpoint.py test_fine_tuning.py test_gpu_paths.py test_resuming.py",
+    "utils/runs/reading.py": "utils/runs/test_checkpoint.py test_gpu_paths.py",
+    "utils/runs/run_folder.py": "utils/runs/test_run_folder.py test_resuming.py test_imagenet.py",
     "utils/start.py": "test_places.py test_resuming.py",
-    "utils/workers.py": "utils/test_workers.py utils/test_data.py test_gpu_paths.py test_places.py test_resuming.py",
 }
 
 
@@ -169,8 +173,9 @@ def copy_of_the_project(folder: Path) -> Path:
 
 def near_tests(file: str, root: Path) -> list[str]:
     """The files of tests in a copy of the project that belong to a file, the nearest first."""
-    tests, place = root / "tests", f"{Path(file).parent}/"
-    near = [tests / name for name in (TESTS.get(file) or f"{place}test_{Path(file).name} {TESTS[place]}").split()]
+    tests, path = root / "tests", Path(file)
+    names = TESTS.get(file) or f"{path.parent}/test_{path.name} {path.parent} {TESTS[path.parts[0]]}"
+    near = [tests / name for name in names.split()]
     files = [part for path in near for part in (sorted(path.rglob("test_*.py")) if path.is_dir() else [path])]
     return [str(path.relative_to(root)) for path in dict.fromkeys(files) if path.exists()]
 

@@ -1,0 +1,68 @@
+"""What workers make of samples, and what is known of them."""
+
+import multiprocessing
+import os
+import signal
+import time
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.helpers import PATIENCE
+from utils.errors import RunFailed
+from utils.images import workers
+from utils.images.samples import Sample
+from utils.images.workers import collate, warn_of_shared_memory
+
+
+def test_a_batch_of_samples():
+    """Two images replace others; for one, two could not be decoded; of one, the disk failed."""
+    pixels = torch.randint(0, 256, (5, 3, 5, 5), dtype=torch.uint8)
+    batch = collate([
+        Sample(pixels[0], 7, [], index=40),
+        Sample(pixels[1], 5, ["a is bad"], index=41),
+        Sample(None, -1, ["b is bad", "c is bad"]),
+        Sample(pixels[2], 7, [], index=42),
+        Sample(None, -1, [], "the disk fails"),
+        Sample(pixels[3], 6, [], index=43),
+        Sample(pixels[4], 5, ["d is bad"], index=44),
+    ])  # fmt: skip
+    assert torch.equal(batch.images, pixels)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert (batch.targets, batch.indices) == ([7, 5, 7, 6, 5], [40, 41, 42, 43, 44])
+    assert (batch.bad, batch.reasons) == (3, ["a is bad", "b is bad", "c is bad", "d is bad"])
+    assert batch.failure == "the disk fails"
+    assert collate([Sample(None, -1, ["bad"])]).images.shape[:2] == (0, 3)
+
+
+@pytest.mark.parametrize("evaluate, batch", [(False, 40), (True, 10)])
+def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluate, batch):
+    """It holds two batches of each worker, of 8 bits a colour."""
+    monkeypatch.setattr(os.path, "isdir", lambda path: True)
+    args = Namespace(workers=3, train_batch=40, test_batch=10, image_size=100, evaluate=evaluate)
+    needed = 3 * 2 * batch * 3 * 100 * 100
+    for free, is_told in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(os, "statvfs", lambda path, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
+        warn_of_shared_memory(args)
+        expected = (
+            f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for 3 workers may take {needed / 2**20:.0f}: "
+        )
+        assert capsys.readouterr().out.startswith(expected) is is_told
+
+
+def test_one_lost_worker_is_enough(monkeypatch):
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=time.sleep, args=(600,)), fork.Process(target=os._exit, args=(1,))]
+    monkeypatch.setattr(workers, "running", [*processes])
+    try:
+        for process in processes:
+            process.start()
+        processes[1].join()
+        with pytest.raises(RunFailed, match="a process that loads images died"), workers.ended():
+            raise RuntimeError
+        processes[0].join(PATIENCE)
+        assert processes[0].exitcode == -signal.SIGKILL
+    finally:
+        processes[0].kill()

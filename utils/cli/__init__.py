@@ -1,0 +1,1 @@
+"""What a person types, and how a command answers, writes and ends."""

@@ -1,0 +1,300 @@
+"""Where a command's options come from, and every refusal of them.
+
+The command's own options go before those of the resumed run, those before the demo's, and those before the defaults.
+"""
+
+import argparse
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+
+import models
+from utils.cli.arguments import Kind, Parser, closest, flag, named
+from utils.errors import BadInput, RunFailed
+from utils.files import refuse_existing
+from utils.machine import distributed
+from utils.reports import pictures
+from utils.runs import checkpoint
+from utils.runs.checkpoint import LAST
+
+# What --demo sets in place of the defaults: small images of ten drawn classes, about a minute on two cores.
+DEMO = {
+    "data": "data/demo",
+    "checkpoint": "checkpoints/demo",
+    "arch": "l_resnet18",
+    "image_size": 32,
+    "epochs": 3,
+    "schedule": [2],
+    "train_batch": 32,
+    "lr": 0.006,
+}
+
+
+def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict | None, dict | None]:
+    """The options of a command, and the checkpoints that --resume and --init name.
+
+    Raises:
+        BadInput: options or checkpoint can't be used, or not together.
+    """
+    defaults = vars(parser.parse_args([]))
+    not_given = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, not_given))))
+    given = {name: value for name, value in given.items() if value is not not_given}
+    demo = DEMO if "demo" in given else {}
+    if distributed.RESTARTS:
+        given = of_restart(given, folder_of(defaults | demo | given))
+    outputs = named(Kind.OUTPUT)
+    for name in ("resume", "pretrained", *outputs) if "init" in given else ():
+        refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
+    saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
+    if saved and saved["options"]:  # what an older run doesn't name, it had by default
+        kept = {name: value for name, value in defaults.items() if name not in named(Kind.ONCE)}
+        saved["options"] = kept | saved["options"]
+    run = of_checkpoint(parser, saved) if saved else {}
+    for source in (saved if {*outputs} & given.keys() else None, init):
+        if source:
+            checkpoint.take_average(source)
+    if init:  # of the options of its run, if it has them, those that make the network
+        options = of_checkpoint(parser, init, "--init")
+        run = {name: options[name] for name in ("arch", *named(Kind.KEYWORD | Kind.FIXED)) if name in options}
+    args = argparse.Namespace(**defaults | demo | run | given)
+    size = init["options"].get("image_size") if init else None
+    if size not in (None, args.image_size):
+        print(f"{init['file']} was trained at --image-size {size}, and this run takes {args.image_size}")
+    args.checkpoint = folder_of(vars(args))
+    if args.excitation is None and args.arch in models.EXCITED:
+        args.excitation = "we"
+    if saved:
+        check_resuming(args, saved, given)
+        if "epoch" in saved["missing"]:
+            saved["epoch"] = args.start_epoch or 0
+    args.start_epoch = args.start_epoch or 0
+    if args.workers is None:
+        args.workers = distributed.default_workers(args.gpu_id)
+    check_outputs(args, saved, given)
+    refuse(args.cosine and "schedule" in given, "--schedule: --cosine goes without drops of the rate; leave one out")
+    is_idle = "formulation" in given and args.excitation is None
+    refuse(is_idle, f"--formulation: {args.arch} stays plain without --excitation; add --excitation we")
+    check_training(args)
+    check_network(args)
+    return args, saved, init
+
+
+def folder_of(options: dict) -> str:
+    """The folder that a run is written to."""
+    return options["checkpoint"] or f"checkpoints/imagenet/{options['arch']}"
+
+
+def of_restart(given: dict, folder: str) -> dict:
+    """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
+    if {*named(Kind.OUTPUT)} & given.keys():
+        return given
+    # Without --overwrite, what the folder holds is this run's: the first start refuses any other's.
+    is_own = "overwrite" not in given and ("resume" not in given or "checkpoint" in given)
+    if is_own and os.path.exists(os.path.join(folder, LAST)):
+        given = {name: value for name, value in given.items() if name not in named(Kind.BEGINNING)} | {"resume": folder}
+    return given | {"overwrite": False}
+
+
+def refuse(is_wrong: bool, text: str) -> None:
+    """Raise BadInput where something is wrong."""
+    if is_wrong:
+        raise BadInput(text)
+
+
+def typed(args: argparse.Namespace, name: str) -> str:
+    """An option as one types it."""
+    return f"{flag(name)} {getattr(args, name)}"
+
+
+def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict:
+    """The options of the run of a checkpoint, which a flag named; it goes on in the folder of its file.
+
+    Raises:
+        BadInput: one of them couldn't have been given.
+    """
+    if not saved["options"]:
+        return {}
+    actions = {action.dest: action for action in parser._actions if action.dest not in (*named(Kind.ONCE), "help")}
+    for name, value in saved["options"].items():
+        is_own = name == "formulation" and isinstance(value, str) and value not in actions[name].choices
+        hint = f"a run with --formulation {value}, which this script doesn't have; take the one that adds it"
+        refuse(is_own, f"{source}: {saved['file']} is of {hint}")
+        refuse(
+            name not in actions or not accepts(actions[name], value),
+            f"{source}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
+        )
+    return saved["options"] | {"checkpoint": str(saved["file"].parent)}
+
+
+def accepts(action: argparse.Action, value: object) -> bool:
+    """Whether an option can have the value."""
+    if value is None or isinstance(action.default, bool):
+        return type(value) is type(action.default)
+    if action.choices is not None:
+        return isinstance(value, str) and value in action.choices
+    if action.type is None:
+        return isinstance(value, str)
+    try:
+        converted = action.type(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    return type(converted) is type(value) and converted == value
+
+
+def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
+    """What can't be changed in a run that goes on."""
+    knows_epoch = "epoch" not in saved["missing"]
+    refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
+    refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
+    trains = not any(getattr(args, name) for name in named(Kind.OUTPUT))
+    epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
+    is_done = trains and args.epochs < epochs and args.epochs <= done
+    refuse(is_done, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left")
+    fixed = dict.fromkeys(named(Kind.FIXED), "of a run") if saved["options"] else {}
+    if saved["step"] and trains:
+        fixed |= dict.fromkeys(named(Kind.ORDER), "in the middle of an epoch")
+    has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
+    is_elsewhere = not has_data and not os.path.exists(args.data)
+    refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
+    for name, where in fixed.items():
+        old = saved["options"].get(name)
+        refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
+
+
+def changes(args: argparse.Namespace, saved: dict) -> str:
+    """The options that a resumed run had otherwise, in words."""
+
+    def words(value: object) -> str:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    pairs = [(name, saved["options"].get(name, value), value) for name, value in of_run(args).items()]
+    return ", ".join(f"{flag(name)} {words(old)} -> {words(new)}" for name, old, new in pairs if old != new)
+
+
+def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> None:
+    """That the commands that don't train have something to work on, and write over nothing."""
+    outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
+    if len(outputs) > 1:
+        raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
+    refuse(args.predictions and not args.evaluate, "--predictions: it needs -e, and --resume or --pretrained")
+    if args.evaluate:
+        has_weights = saved is not None or args.pretrained
+        refuse(not has_weights, "--evaluate: there are no weights; give --resume FILE or --pretrained")
+        refuse(
+            "excitation" in given and saved is None,
+            "--excitation: it would only destroy the pretrained weights; leave it out, or train with it",
+        )
+    elif outputs:
+        refuse(saved is None, f"{flag(outputs[0])}: it needs --resume RUN")
+        if not saved["options"]:
+            raise BadInput(f"{flag(outputs[0])}: {saved['file']} is of another trainer; its options are not known")
+    if distributed.RANK > 0:  # the first process writes, and may have done so by now
+        return
+    for name in ("export", "predictions"):
+        if getattr(args, name):
+            refuse_existing(flag(name), getattr(args, name), args.overwrite)
+    for name in pictures.NAMES if args.visualize else ():
+        refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """That there is something to train on, and as many parts of it as processes."""
+    refuse(args.data is None, "--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
+    ended = args.start_epoch >= args.epochs
+    refuse(ended, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
+    refuse(args.warmup >= args.epochs, f"{typed(args, 'warmup')}: nothing is left of --epochs {args.epochs}")
+    is_beta = args.optimizer == "sgd" or args.momentum < 1
+    refuse(not is_beta, f"{typed(args, 'momentum')}: of --optimizer adamw, it is a beta; give a number below 1")
+    ids = args.gpu_id.split(",")
+    is_list = all(number.isdecimal() for number in ids) and len({*ids}) == len(ids)
+    refuse(not is_list, f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1")
+    processes = distributed.PROCESSES
+    if not args.evaluate and args.train_batch % processes:
+        fits = -(-args.train_batch // processes) * processes
+        raise BadInput(f"{typed(args, 'train_batch')}: {processes} processes can't share it evenly; {fits} fits")
+
+
+def check_network(args: argparse.Namespace) -> None:
+    """That there is such an architecture, with such weights."""
+    if args.arch not in models.ARCHITECTURES:
+        ours = "here timm's resnet50_gn is --arch l_resnet50 --excitation none --no-standardize"
+        hint = ours if args.arch == "resnet50_gn" else closest(args.arch, models.ARCHITECTURES)
+        raise BadInput(f"--arch {args.arch}: no such architecture; {hint}")
+    no_weights = args.pretrained and args.arch in models.EXCITED
+    refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The keywords of models.create that make the network of a run."""
+    return {name: getattr(args, name) for name in named(Kind.KEYWORD)}
+
+
+def of_run(args: argparse.Namespace) -> dict:
+    """The options that a run hands on to the command that resumes it."""
+    return {name: value for name, value in vars(args).items() if name not in named(Kind.ONCE)}
+
+
+def common(args: argparse.Namespace) -> dict:
+    """The options that all processes of a run must have alike."""
+    return {name: value for name, value in vars(args).items() if name not in named(Kind.OWN)}
+
+
+def command(args: argparse.Namespace) -> str:
+    """The command with every option of the run."""
+    begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
+    left_out = set()  # what would be refused beside the other options
+    if args.cosine:
+        left_out.add("schedule")
+    if args.excitation is None:
+        left_out.add("formulation")
+    if args.resume is not None:
+        left_out.add("pretrained")
+    if args.resume is not None and not args.start_epoch:  # which only goes with weights of another trainer
+        left_out.add("start_epoch")
+    words = []
+    for name, value in (of_run(args) | begin).items():
+        if name in left_out:
+            continue
+        words += as_words(name, value)
+    return distributed.command(words)
+
+
+def as_words(name: str, value: object) -> list[str]:
+    """An option as it is typed; nothing where it has no value."""
+    if isinstance(value, list):
+        return [flag(name), *map(str, value)]
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    return [] if value is None else [f"{flag(name)}={value}"]
+
+
+@contextlib.contextmanager
+def refusing_network(args: argparse.Namespace) -> Iterator[None]:
+    """Name the flags where a network can't be built with them, or its pretrained weights can't be had."""
+    try:
+        yield
+    except ValueError as error:
+        names = f"--arch {args.arch} --image-size {args.image_size}"
+        if args.pretrained:
+            names += " --pretrained"
+        if args.stem == "small":
+            names += " --stem small"
+        if args.arch.startswith("l_resnext"):
+            names += f" --cardinality {args.cardinality} --base-width {args.base_width}"
+        raise BadInput(f"{names}: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if not args.pretrained or args.resume:  # then nothing was read, and it is another failure
+            raise
+        reason = str(error).splitlines()[0]
+        raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
+
+
+def describe_network(args: argparse.Namespace) -> str:
+    """The architecture and what excites it, in a few words."""
+    arch = f"{args.arch}, small stem" if args.stem == "small" else args.arch
+    if args.excitation is None:
+        return arch
+    formulation = "" if args.excitation == "none" else f" ({args.formulation})"
+    return f"{arch}, excitation {args.excitation}{formulation}{'' if args.standardize else ', not standardized'}"

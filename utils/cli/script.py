@@ -1,0 +1,88 @@
+"""How a command ends: its exit status, and one line for what went wrong."""
+
+import contextlib
+import errno
+import gc
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+import torch
+
+from utils.errors import BadInput, RunFailed
+from utils.machine import distributed
+from utils.words import wrapped
+
+
+class Output:
+    """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run.
+
+    On a terminal, lines are broken between words.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(wrapped(text, shutil.get_terminal_size().columns) if self.stream.isatty() else text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def run_script(main: Callable[[list[str]], int], name: str) -> None:
+    """Run a script's ``main`` on the words of its command line, and exit."""
+    # Line by line, so that a log file is up to date; a path that is no valid text can be printed.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    sys.unraisablehook = lambda error: None  # a failure leaves objects half-made; its one line says enough
+    if distributed.RANK > 0:  # the first process speaks for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    status = call(main, sys.argv[1:], name)
+    if status and distributed.is_joined():  # at a usual exit, NCCL waits for the others, which wait for this process
+        gc.collect()  # of the loader's queues, which multiprocessing would report as lost
+        os._exit(status)
+    sys.exit(status)
+
+
+def call(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
+    """Call ``main``; returns its exit status, or that of the failure, which is told in a line that ``name`` begins."""
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        status, text = 128 + signal.SIGINT, "interrupted; nothing was written"
+    except Exception as error:
+        status, text = explain(error)
+    if distributed.is_first_to_fail():
+        print(f"{name}: {' '.join(text.splitlines())}", file=sys.stderr)
+    return status
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit status of a failure, and what to say of it; one that nobody expects is raised again."""
+    if isinstance(error, BadInput | RunFailed):
+        return error.status, str(error)
+    if os.strerror(errno.EMFILE) in str(error):  # for which torch has its own words
+        return 1, "too many open files: lower --workers, or raise ulimit -n"
+    if isinstance(error, OSError):
+        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
+        return 1, (str(error).splitlines() or [type(error).__name__])[-1]
+    # The CPU's allocator raises a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
+        text = str(error).partition("\n")[0]
+        return 1, (
+            "out of memory: lower --train-batch (and raise --iter-size by as much), --test-batch, --workers or "
+            f"--image-size: {text}"
+        )
+    if distributed.has_lost_another(error):
+        return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
+    raise error

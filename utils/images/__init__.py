@@ -1,0 +1,1 @@
+"""Images, from their files to the batches of a run."""

@@ -1,0 +1,156 @@
+"""The processes that load images: what they make of samples, how they begin, fail and end."""
+
+import argparse
+import contextlib
+import math
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.queues
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.errors import RunFailed
+from utils.images.pixels import ignore_warnings
+from utils.images.samples import Sample, Samples
+from utils.machine import distributed
+from utils.machine.signals import ignore_in_worker, may_handle
+
+PREFETCHED = 2  # batches of a worker
+
+Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
+
+running: list[multiprocessing.Process] = []  # the processes that load images for this one
+
+
+class Batch(NamedTuple):
+    """Images, uint8 (N, 3, size, size), and their classes, (N,); how many could not be decoded, and why.
+
+    On its way from a worker, it has its classes in a list.
+    """
+
+    images: Tensor | None  # None: the batch could not be handed over
+    targets: Tensor
+    bad: int
+    reasons: list[str]
+    failure: str | None = None  # of the machine, which ends the run
+    indices: Sequence[int] = ()  # of the images in their part
+
+
+class Parts(Dataset):
+    """Both parts behind one kind of key, so that the same workers serve training and validation."""
+
+    def __init__(self, parts: dict[str, Samples]):
+        self.parts = parts
+
+    def __getitem__(self, key: Key) -> Sample:
+        split, *rest = key
+        return self.parts[split][tuple(rest)]
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """The batch of those samples that could be decoded."""
+    good = [sample for sample in samples if sample.pixels is not None]
+    # Stacked as they lie in memory, channels last. The classes stay a list: each tensor from a worker costs the main
+    # process a connection.
+    images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
+    targets = [sample.target for sample in good]
+    bad = sum(len(sample.reasons) > 0 for sample in samples)
+    reasons = [reason for sample in samples for reason in sample.reasons]
+    failure = next((sample.failure for sample in samples if sample.failure), None)
+    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure, [sample.index for sample in good])
+
+
+def start_worker(worker: int) -> None:
+    """Workers end with the main process, without a word."""
+    sys.excepthook = lambda *error: None  # the main process may die while it sends
+    multiprocessing.queues.Queue._on_queue_feeder_error = _hand_over_error
+    ignore_in_worker()
+    ignore_warnings()
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _hand_over_error(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Batch]) -> None:
+    """Send the reason where a batch can't be sent, as multiprocessing only prints it, and the main process would wait.
+
+    Memory to share is scarce in containers, and the name of a socket may be too long.
+    """
+    number, _ = item
+    failure = (
+        f"a process that loads images can't hand over a batch ({type(error).__name__}: {error}): a container may need "
+        "more shared memory by --shm-size or --ipc=host, TMPDIR a shorter path, ulimit -n a larger number; -j 0 goes "
+        "without"
+    )
+    queue.put((number, Batch(None, [], 0, [], failure)))
+
+
+def _end_with_main_process() -> None:
+    """PyTorch watches only who started the worker, which may be the fork server."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def ended() -> Iterator[None]:
+    """Around all work with workers: they end with it, and the death of one is told as what it is.
+
+    Raises:
+        RunFailed: a worker has died.
+    """
+    try:
+        yield
+    # Torch raises the first wherever the main process is at that moment; the others are of a broken connection.
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _has_lost_worker():
+            raise
+        raise RunFailed(
+            "a process that loads images died: if memory ran out, lower --workers; if shared memory did, as in a "
+            "container, raise it by --shm-size or --ipc=host"
+        ) from error
+    finally:
+        end_workers()  # before the loader is freed, which would wait for them
+
+
+def _has_lost_worker() -> bool:
+    """Whether a process that loads images has died."""
+    _ignore_deaths()
+    if running:  # the connection to a process may break a moment before the process counts as dead
+        multiprocessing.connection.wait([worker.sentinel for worker in running], timeout=1)
+    return any(worker.exitcode for worker in running)
+
+
+def _ignore_deaths() -> None:
+    """From here on, let the loader's handler of a worker's death raise no error, in the middle of whatever."""
+    if may_handle("SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def end_workers() -> None:
+    """Kill what is left of the workers: at its exit Python would end them by a signal that they ignore, and wait."""
+    _ignore_deaths()
+    for worker in running:
+        worker.kill()
+    running.clear()
+
+
+def warn_of_shared_memory(args: argparse.Namespace) -> None:
+    """Say so where the batches that the workers hold may not fit into the memory that they are handed over in."""
+    if not os.path.isdir("/dev/shm"):
+        return
+    status = os.statvfs("/dev/shm")
+    free = status.f_bavail * status.f_frsize
+    workers = math.ceil(args.workers / distributed.PROCESSES) * distributed.LOCAL_PROCESSES
+    images = max(0 if args.evaluate else args.train_batch, args.test_batch) / distributed.PROCESSES
+    needed = workers * PREFETCHED * images * 3 * args.image_size**2
+    if needed > free:
+        print(
+            f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for {workers} workers may take "
+            f"{needed / 2**20:.0f}: give a container more by --shm-size or --ipc=host, or lower --workers"
+        )

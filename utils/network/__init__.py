@@ -1,0 +1,1 @@
+"""A network in use: over images, over devices, and trained."""

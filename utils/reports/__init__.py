@@ -1,0 +1,1 @@
+"""What is measured, and told of it: scores, logs, tables and pictures."""
