@@ -30,10 +30,13 @@ from utils.images import workers
 from utils.images.data import Data, image_folders
 from utils.images.samples import Source
 from utils.images.workers import Batch
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
+from utils.machine.devices import describe_devices, open_devices, peak_memory
 from utils.machine.signals import Stop, Stopped
 from utils.network.classifier import Classifier, classify
 from utils.network.optimizers import build_average, build_optimizer, load_optimizer, step_if
+from utils.network.parallel import over_devices, parallelize, reduce_if, share_buffers, smallest_part
+from utils.network.random_state import random_state, seed_dropout, undone_if_stopped
 from utils.reports.logger import Logger
 from utils.reports.meters import Measured, Progress, Reading, Scores, Sums
 from utils.reports.predictions import Predictions
@@ -116,7 +119,7 @@ def main(argv: list[str], source: Source = image_folders) -> int:
     """One command, whose steps follow in their order; returns the exit status. The source gives the images."""
     args, saved, init = options.resolve(build_parser(), argv)
     if args.export or args.visualize:
-        if distributed.RANK == 0:
+        if torchrun.RANK == 0:
             write = outputs.export if args.export else outputs.visualize
             write(args, saved, create_model(args, saved["classes"], saved))
         return 0
@@ -127,7 +130,8 @@ def main(argv: list[str], source: Source = image_folders) -> int:
 
     if not args.evaluate:
         folder = RunFolder(args.checkpoint, saved, args.resume, args.overwrite)  # early, as it may be refused
-    devices = distributed.join(args)
+    devices = open_devices(args)
+    distributed.join(devices[0])
     data = Data(args, devices[0], saved, source)
     distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved or init)
@@ -144,7 +148,7 @@ def main(argv: list[str], source: Source = image_folders) -> int:
     if saved:
         run.restore(saved)
     with folder, Stop() as stop:
-        typed, resolved = distributed.command(argv), options.command(args)
+        typed, resolved = torchrun.shell_command(argv), options.command(args)
         folder.note(f"# as typed in {os.getcwd()}\n{typed}\n# every option\n{resolved}\n")
         try:
             train(run, folder, stop)
@@ -177,11 +181,11 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
     """That network on the first device, once it is sure to take images of this size."""
     model = create_model(args, data.classes, source)
     with options.refusing_network(args):
-        models.check_input(model, distributed.smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
-    if args.sync_bn and distributed.PROCESSES > 1:
+        models.check_input(model, smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
+    if args.sync_bn and torchrun.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {models.describe(model)}")
-    print(f"Devices: {distributed.describe(devices)}; {counted(args.workers, 'worker')}; amp {args.amp}")
+    print(f"Devices: {describe_devices(devices)}; {counted(args.workers, 'worker')}; amp {args.amp}")
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 
 
@@ -193,7 +197,7 @@ class Run:
         self.average = build_average(args, model)
         if args.compile:
             model.compile()
-        self.network = distributed.parallel(Classifier(model, args.amp, args.channels_last), devices)
+        self.network = parallelize(Classifier(model, args.amp, args.channels_last), devices)
         self.optimizer = build_optimizer(args, model)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
@@ -240,7 +244,7 @@ class Run:
             "log": self.log.rows,
             "images": self.data.digests["train"],
             "val_images": self.data.digests["val"],
-            "rng": checkpoint.random_state(),
+            "rng": random_state(),
             "options": options.of_run(self.args),
         }
 
@@ -288,7 +292,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         run.epoch, run.step = run.epoch + 1, 0
         is_best = valid.top1 > run.best_acc
         run.acc, run.best_acc = valid.top1, max(valid.top1, run.best_acc)
-        took = run.log.append(first_lr, trained, valid, run.epoch, distributed.peak_memory(run.devices))
+        took = run.log.append(first_lr, trained, valid, run.epoch, peak_memory(run.devices))
         folder.save(run.checkpoint(), run.log, is_best, is_kept=args.keep_freq > 0 and run.epoch % args.keep_freq == 0)
         over = f" {valid.describe_images()}" if valid.bad_images else ""
         print(f"{label}  lr {first_lr:.4g}  train {trained}  valid {valid}{over}  {took}")
@@ -314,7 +318,7 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
     for micro_batches in progress.track(data.training(run.epoch, run.step)):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(args, run.epoch, run.step, data.steps)
-        distributed.seed_dropout(args.seed, run.epoch, run.step)
+        seed_dropout(args.seed, run.epoch, run.step)
         train_step(run, micro_batches, stop)
         if args.save_freq and run.step % args.save_freq == 0:
             folder.save(run.checkpoint(), run.log)
@@ -327,10 +331,10 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     """One optimizer step over ``iter_size`` micro-batches; raises as :meth:`Run.read` does."""
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
     # The weights are excited here, once for all micro-batches. A signal that ends the wait for one raises Stopped.
-    with checkpoint.undone_if_stopped(run.model, args.iter_size), excited_once(network):
+    with undone_if_stopped(run.model, args.iter_size), excited_once(network):
         for index, batch in enumerate(micro_batches, 1):
             # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
-            with distributed.reduce_if(index == args.iter_size, network):
+            with reduce_if(index == args.iter_size, network):
                 loss, batch_sum, _ = classify(network, batch, run.devices[0], args.label_smoothing)
                 scaler.scale(loss / args.iter_size).backward()
             sums = sums + batch_sum
@@ -338,7 +342,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     # Max norm: a sum of squares can overflow although every gradient is finite.
     norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], math.inf)
     scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
-    others = torch.stack([norm, scale, stopping]).double() / distributed.PROCESSES  # so that a total is their mean
+    others = torch.stack([norm, scale, stopping]).double() / torchrun.PROCESSES  # so that a total is their mean
     values = distributed.total(torch.cat([sums, others]))
     run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
     run.read(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
@@ -357,11 +361,11 @@ def validate(
 ) -> Scores:
     """Scores over all validation images, on folded weights: excited once, and then plain convolutions."""
     args = data.args
-    distributed.share_buffers(model)
+    share_buffers(model)
     folded = fold(model).eval()
     if args.compile:
         folded.compile()
-    network = distributed.over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
+    network = over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
     sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=devices[0])
     stopping = torch.zeros(1, dtype=torch.float64, device=devices[0])
     shown, reading = Scores(classes=len(data.classes)), None

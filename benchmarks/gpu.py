@@ -42,14 +42,16 @@ from benchmarks import pipeline
 from benchmarks.measure import PLAIN, VARIANTS, create, markdown, median, ratio, rounds
 from models.excitation import FORMULATIONS
 from models.layers import ExcitedConv, excited_once
-from utils.cli.arguments import Parser, cores, number
+from utils.cli.arguments import Parser, number
 from utils.cli.script import run_script
 from utils.errors import BadInput
 from utils.images.data import MEAN, STD, Data
 from utils.images.workers import PREFETCHED, Batch, end_workers
 from utils.machine import distributed
+from utils.machine.devices import cores
 from utils.machine.signals import Stop
 from utils.network.classifier import Classifier, classify
+from utils.network.parallel import over_devices
 
 IS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if IS_GPU else torch.device("cpu")
@@ -150,7 +152,7 @@ def replica_types(model: nn.Module, amp: str) -> list[torch.dtype]:
     for module in network.modules():
         if isinstance(module, nn.GroupNorm) or module is network.model.fc:
             module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    classify(distributed.over_devices(network, (2 if IS_GPU else 1) * [DEVICE]), batches(4, 32)[0], DEVICE)
+    classify(over_devices(network, (2 if IS_GPU else 1) * [DEVICE]), batches(4, 32)[0], DEVICE)
     return seen
 
 
@@ -159,7 +161,7 @@ def joined() -> Iterator[None]:
     """In a process group of this process alone, at any port."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     with mock.patch.dict(os.environ, environment):
-        distributed.join_others(DEVICE)
+        distributed.initialize(DEVICE)
         try:
             yield
         finally:

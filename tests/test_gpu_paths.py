@@ -27,10 +27,12 @@ from utils.errors import BadInput, NotFinite
 from utils.images import workers as loading
 from utils.images.data import Data
 from utils.images.workers import Batch
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
+from utils.machine.devices import check_works, choose_devices, open_devices, peak_memory
 from utils.machine.signals import ENDING, Stop
+from utils.network.parallel import smallest_part
+from utils.network.random_state import random_state, set_random_state
 from utils.reports.meters import Scores
-from utils.runs import checkpoint as checkpoints
 from utils.runs.checkpoint import load
 
 CPU = [torch.device("cpu", index) for index in range(4)]  # as GPUs 0 to 3
@@ -105,13 +107,13 @@ def test_a_validation_has_its_seconds():
 
 def test_the_peak_of_memory_is_that_of_the_fullest_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: (5, 7, 6)[device.index])
-    assert distributed.peak_memory([torch.device("cuda", index) for index in range(3)]) == 7
-    assert distributed.peak_memory(CPU[:1]) == 0
+    assert peak_memory([torch.device("cuda", index) for index in range(3)]) == 7
+    assert peak_memory(CPU[:1]) == 0
 
 
 def test_a_part_of_one_image_is_refused_before_training(gpus):
     cases = {(7, 4): 1, (6, 4): 2, (8, 4): 2, (5, 2): 2, (1, 3): 1}
-    assert {case: distributed.smallest_part(case[0], CPU[: case[1]]) for case in cases} == cases
+    assert {case: smallest_part(case[0], CPU[: case[1]]) for case in cases} == cases
     args = imagenet.build_parser().parse_args([*SMALL, "--train-batch", "7"])
     with pytest.raises(BadInput, match="--arch shufflenet_v2_x0_5 --image-size 32: Expected more than 1 value per"):
         imagenet.build_model(args, SimpleNamespace(classes=list("abcde")), CPU, None)
@@ -120,7 +122,7 @@ def test_a_part_of_one_image_is_refused_before_training(gpus):
 @pytest.mark.parametrize("processes, words, kind", [
     (2, ["--sync-bn"], nn.SyncBatchNorm), (2, [], nn.BatchNorm2d), (1, ["--sync-bn"], nn.BatchNorm2d)])  # fmt: skip
 def test_batchnorm_over_the_images_of_all_processes(monkeypatch, processes, words, kind):
-    monkeypatch.setattr(distributed, "PROCESSES", processes)
+    monkeypatch.setattr(torchrun, "PROCESSES", processes)
     args = imagenet.build_parser().parse_args([*SMALL, "--train-batch", "8", *words])
     model = imagenet.build_model(args, SimpleNamespace(classes=list("abcde")), CPU[:1], None)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
@@ -133,8 +135,8 @@ def test_the_first_gpu_of_the_run_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("current", device)))
-    monkeypatch.setattr(distributed, "check_works", lambda device: calls.append(("works", device)))
-    assert distributed.join(Namespace(gpu_id="2,3", sync_bn=False, compile=False)) == devices
+    monkeypatch.setattr("utils.machine.devices.check_works", lambda device: calls.append(("works", device)))
+    assert open_devices(Namespace(gpu_id="2,3", sync_bn=False, compile=False)) == devices
     assert calls == [("current", devices[0]), ("works", devices[0]), ("works", devices[1])]
 
 
@@ -149,9 +151,9 @@ def test_a_driver_that_does_not_work_is_refused(monkeypatch, action):
     with warnings.catch_warnings():
         warnings.simplefilter(action)
         with pytest.raises(BadInput, match=r"\ACUDA doesn't work here: .*the driver is too old; mend it, [^\n]+\Z"):
-            distributed.choose_devices("0")
+            choose_devices("0")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        assert distributed.choose_devices("0") == [torch.device("cpu")]
+        assert choose_devices("0") == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
@@ -162,7 +164,7 @@ def test_a_gpu_that_can_not_be_used_is_one_line(monkeypatch, error):
     monkeypatch.setattr(torch, "ones", fail)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
     with pytest.raises(BadInput, match=r"\A--gpu-id 2: card can't be used: CUDA error: no kernel image\Z"):
-        distributed.check_works(torch.device("cuda", 2))
+        check_works(torch.device("cuda", 2))
 
 
 def test_processes_wait_ten_minutes_for_each_other(monkeypatch):
@@ -176,18 +178,18 @@ def test_processes_wait_ten_minutes_for_each_other(monkeypatch):
     monkeypatch.setattr(torch.distributed, "rendezvous", rendezvous)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout, **__: seen.update(joined=timeout))
     monkeypatch.setattr(distributed, "check_same", lambda value: None)
-    distributed.join_others(CPU[0])
+    distributed.initialize(CPU[0])
     assert seen == {"meeting": timedelta(minutes=10), "joined": timedelta(minutes=10)}
 
 
 def end_of(rank: int, device: str, fails: bool, port: int) -> None:
     """A process of two ends as a script does; its exit status is higher by 100 where the end is a usual one."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.PROCESSES, init = 2, torch.distributed.init_process_group
+    torchrun.PROCESSES, init = 2, torch.distributed.init_process_group
 
     def main(argv: list[str]) -> int:
         if device:
-            distributed.join_others(torch.device(device))
+            distributed.initialize(torch.device(device))
         if fails:
             raise BadInput("of this process")
         distributed.leave()
@@ -270,13 +272,13 @@ def test_the_random_states_of_all_gpus_are_saved_and_those_that_are_here_restore
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
     torch.manual_seed(3)
-    saved = checkpoints.random_state()
+    saved = random_state()
     drawn = torch.rand(3)
     assert saved["cuda"] == states
     restored = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.update({device: state}))
-    checkpoints.set_random_state(saved)
+    set_random_state(saved)
     assert torch.equal(torch.rand(3), drawn)
     assert restored == {0: states[0], 1: states[1]}
 

@@ -16,7 +16,7 @@ from torchvision.models import ResNet50_Weights
 import imagenet
 import models
 from tests.helpers import checkpoint
-from utils.machine import distributed
+from utils.machine.devices import default_workers
 from utils.reports.logger import read_log
 
 # As --help gives them in brackets: bearpaw's pytorch-classification, and ImageNet's usual recipe.
@@ -378,8 +378,8 @@ def test_workers_are_processes(train, workers):
 
 @pytest.mark.parametrize("cores, gpus, workers", [(2, "0", 2), (64, "0", 8), (64, "0,1,2", 24)])
 def test_workers_by_default(monkeypatch, cores, gpus, workers):
-    monkeypatch.setattr(distributed, "cores", lambda: cores)
-    assert distributed.default_workers(gpus) == workers
+    monkeypatch.setattr("utils.machine.devices.cores", lambda: cores)
+    assert default_workers(gpus) == workers
 
 
 def test_folders_by_default(command, folder, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from models.excitation import FORMULATIONS, ChannelGate
 from models.inspection import inspect_layers
 from models.layers import Conv2d, excite, excited_once, fold
 from tests.helpers import EXCITED, ROOT, assert_refused, assert_same_run, checkpoint
-from utils.machine import distributed
+from utils.network.parallel import over_devices
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_a_step_with_the_block_and_over_several_devices(gpus):
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
 
     def gradients(model: nn.Module, count: int, block: bool) -> list[torch.Tensor]:
-        parallel = distributed.over_devices(model, [torch.device("cpu", index) for index in range(count)])
+        parallel = over_devices(model, [torch.device("cpu", index) for index in range(count)])
         with excited_once(model) if block else torch.enable_grad():
             parallel(images).square().sum().backward()
         return [parameter.grad for parameter in model.parameters()]

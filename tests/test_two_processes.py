@@ -21,8 +21,11 @@ from models.layers import Conv2d
 from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, copy_folder, run_command
 from utils.errors import BadInput
 from utils.images.workers import Batch
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
+from utils.machine.devices import default_workers
 from utils.machine.signals import Stop
+from utils.network.parallel import share_buffers
+from utils.network.random_state import seed_dropout
 from utils.runs.checkpoint import LAST, PREVIOUS
 
 CPU = torch.device("cpu")
@@ -40,12 +43,12 @@ def in_two(body: Callable[[int], object], meets: bool = True, port: int = 0) -> 
     fork = multiprocessing.get_context("fork")
 
     def process(rank: int, pipe) -> None:
-        distributed.PROCESSES = distributed.LOCAL_PROCESSES = 2
-        distributed.RANK = distributed.LOCAL_RANK = rank
+        torchrun.PROCESSES = torchrun.LOCAL_PROCESSES = 2
+        torchrun.RANK = torchrun.LOCAL_RANK = rank
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
             if meets:
-                distributed.join_others(CPU)
+                distributed.initialize(CPU)
             pipe.send(body(rank))
             distributed.leave()
         except BaseException:
@@ -137,9 +140,9 @@ def test_after_a_restart_both_meet_anew_and_one_says_why_they_fail(monkeypatch):
     """torchrun keeps its store, in which the addresses of the processes that are gone are."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
+    monkeypatch.setattr(torchrun, "UNDER_TORCHRUN", True)
     for restarts in range(2):
-        monkeypatch.setattr(distributed, "RESTARTS", restarts)
+        monkeypatch.setattr(torchrun, "RESTARTS", restarts)
         assert sorted(in_two(lambda rank: distributed.is_first_to_fail(), port=store.port)) == [False, True]
 
 
@@ -147,7 +150,7 @@ def test_before_validation_the_first_ones_buffers_are_everybodys():
     def body(rank):
         norm = nn.BatchNorm1d(2)
         norm.running_mean.fill_(1.0 + rank)
-        distributed.share_buffers(norm)
+        share_buffers(norm)
         return norm.running_mean.tolist()
 
     assert in_two(body) == 2 * [[1.0, 1.0]]
@@ -251,11 +254,11 @@ def test_each_process_and_step_has_a_dropout_of_its_own(monkeypatch):
         (rank, seed, epoch, step) for rank in (0, 1, 2) for seed in (0, 1) for epoch in (0, 1) for step in (0, 1)
     ]:
         rank, *rest = place
-        monkeypatch.setattr(distributed, "RANK", rank)
+        monkeypatch.setattr(torchrun, "RANK", rank)
         draws = []
         for start in (3, 4):
             torch.manual_seed(start)
-            distributed.seed_dropout(*rest)
+            seed_dropout(*rest)
             draws.append(torch.rand(4).tolist())
         torch.manual_seed(3)
         assert (draws[0] == draws[1]) is (rank > 0)
@@ -268,7 +271,7 @@ def test_each_process_and_step_has_a_dropout_of_its_own(monkeypatch):
 def test_workers_are_divided_over_the_processes(monkeypatch):
     """By default as many in all as the cores that each process has, 8 for each at most."""
     for processes, cores, workers in ((2, 6, 6), (4, 64, 32), (2, 1, 2)):
-        monkeypatch.setattr(distributed, "PROCESSES", processes)
-        monkeypatch.setattr(distributed, "LOCAL_PROCESSES", processes)
-        monkeypatch.setattr(distributed, "cores", lambda cores=cores: cores)
-        assert distributed.default_workers("0") == workers
+        monkeypatch.setattr(torchrun, "PROCESSES", processes)
+        monkeypatch.setattr(torchrun, "LOCAL_PROCESSES", processes)
+        monkeypatch.setattr("utils.machine.devices.cores", lambda cores=cores: cores)
+        assert default_workers("0") == workers

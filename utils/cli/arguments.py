@@ -161,8 +161,3 @@ FACTOR = {"type": number(float, 0), "metavar": "X"}
 PROBABILITY = {"type": number(float, 0, 1), "metavar": "P"}
 FOLDER = {"type": path, "metavar": "DIR"}
 SWITCH = {"action": argparse.BooleanOptionalAction}
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,8 @@ import models
 from utils.cli.arguments import Kind, Parser, closest, flag, named
 from utils.errors import BadInput, RunFailed
 from utils.files import refuse_existing
-from utils.machine import distributed
+from utils.machine import torchrun
+from utils.machine.devices import default_workers
 from utils.reports import pictures
 from utils.runs import checkpoint
 from utils.runs.checkpoint import LAST
@@ -42,7 +43,7 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, not_given))))
     given = {name: value for name, value in given.items() if value is not not_given}
     demo = DEMO if "demo" in given else {}
-    if distributed.RESTARTS:
+    if torchrun.RESTARTS:
         given = of_restart(given, folder_of(defaults | demo | given))
     outputs = named(Kind.OUTPUT)
     for name in ("resume", "pretrained", *outputs) if "init" in given else ():
@@ -71,7 +72,7 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
             saved["epoch"] = args.start_epoch or 0
     args.start_epoch = args.start_epoch or 0
     if args.workers is None:
-        args.workers = distributed.default_workers(args.gpu_id)
+        args.workers = default_workers(args.gpu_id)
     check_outputs(args, saved, given)
     refuse(args.cosine and "schedule" in given, "--schedule: --cosine goes without drops of the rate; leave one out")
     is_idle = "formulation" in given and args.excitation is None
@@ -190,7 +191,7 @@ def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> 
         refuse(saved is None, f"{flag(outputs[0])}: it needs --resume RUN")
         if not saved["options"]:
             raise BadInput(f"{flag(outputs[0])}: {saved['file']} is of another trainer; its options are not known")
-    if distributed.RANK > 0:  # the first process writes, and may have done so by now
+    if torchrun.RANK > 0:  # the first process writes, and may have done so by now
         return
     for name in ("export", "predictions"):
         if getattr(args, name):
@@ -210,7 +211,7 @@ def check_training(args: argparse.Namespace) -> None:
     ids = args.gpu_id.split(",")
     is_list = all(number.isdecimal() for number in ids) and len({*ids}) == len(ids)
     refuse(not is_list, f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1")
-    processes = distributed.PROCESSES
+    processes = torchrun.PROCESSES
     if not args.evaluate and args.train_batch % processes:
         fits = -(-args.train_batch // processes) * processes
         raise BadInput(f"{typed(args, 'train_batch')}: {processes} processes can't share it evenly; {fits} fits")
@@ -258,7 +259,7 @@ def command(args: argparse.Namespace) -> str:
         if name in left_out:
             continue
         words += as_words(name, value)
-    return distributed.command(words)
+    return torchrun.shell_command(words)
 
 
 def as_words(name: str, value: object) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TextIO
 import torch
 
 from utils.errors import BadInput, RunFailed
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
 from utils.words import wrapped
 
 
@@ -45,7 +45,7 @@ def run_script(main: Callable[[list[str]], int], name: str) -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     sys.unraisablehook = lambda error: None  # a failure leaves objects half-made; its one line says enough
-    if distributed.RANK > 0:  # the first process speaks for all
+    if torchrun.RANK > 0:  # the first process speaks for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = call(main, sys.argv[1:], name)
     if status and distributed.is_joined():  # at a usual exit, NCCL waits for the others, which wait for this process

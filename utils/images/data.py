@@ -30,7 +30,7 @@ from utils.images.workers import (
     start_worker,
     warn_of_shared_memory,
 )
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
 from utils.machine.signals import held, waiting
 from utils.words import counted
 
@@ -71,7 +71,7 @@ class Data:
         self.args, self.device = args, device
         self.waited = 0.0  # seconds for batches that were not there yet
         self.batches: Iterator[Batch] | None = None  # one stream, so that workers never wait at an epoch's end
-        if args.demo and distributed.LOCAL_RANK == 0 and not os.path.exists(args.data):
+        if args.demo and torchrun.LOCAL_RANK == 0 and not os.path.exists(args.data):
             print(f"Drawing the demo data into {args.data}")
             draw_demo(args.data)
         distributed.wait()  # for the one that draws
@@ -155,7 +155,7 @@ class Data:
 
     def _check_whole(self, batch: Batch) -> Batch:
         """In training, another image has replaced each that could not be decoded."""
-        if len(batch.images) < self.args.train_batch // distributed.PROCESSES:
+        if len(batch.images) < self.args.train_batch // torchrun.PROCESSES:
             raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
         return batch
 
@@ -197,7 +197,7 @@ class Data:
                 --skip-bad-images, which names those that can't be decoded once and goes on without them, only where
                 nothing can replace one.
         """
-        workers, is_gpu = math.ceil(self.args.workers / distributed.PROCESSES), self.device.type == "cuda"
+        workers, is_gpu = math.ceil(self.args.workers / torchrun.PROCESSES), self.device.type == "cuda"
         # A forked worker would inherit locks of CUDA's and NCCL's threads, which nobody releases.
         context = multiprocessing.get_context("forkserver" if is_gpu else None)
         if context.get_start_method() == "forkserver":

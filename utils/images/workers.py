@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from utils.errors import RunFailed
 from utils.images.pixels import ignore_warnings
 from utils.images.samples import Sample, Samples
-from utils.machine import distributed
+from utils.machine import torchrun
 from utils.machine.signals import ignore_in_worker, may_handle
 
 PREFETCHED = 2  # batches of a worker
@@ -146,8 +146,8 @@ def warn_of_shared_memory(args: argparse.Namespace) -> None:
         return
     status = os.statvfs("/dev/shm")
     free = status.f_bavail * status.f_frsize
-    workers = math.ceil(args.workers / distributed.PROCESSES) * distributed.LOCAL_PROCESSES
-    images = max(0 if args.evaluate else args.train_batch, args.test_batch) / distributed.PROCESSES
+    workers = math.ceil(args.workers / torchrun.PROCESSES) * torchrun.LOCAL_PROCESSES
+    images = max(0 if args.evaluate else args.train_batch, args.test_batch) / torchrun.PROCESSES
     needed = workers * PREFETCHED * images * 3 * args.image_size**2
     if needed > free:
         print(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
 
 # SIGUSR1 is what SLURM sends before a job's time is up. Windows has only the first two.
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
@@ -50,14 +50,14 @@ class Stop:
 
     def _handle(self, number: int, frame: object) -> None:
         # torchrun hands a signal on to those that had it already, and timeout sends one to its child and to the group.
-        if self.number and (distributed.UNDER_TORCHRUN or time.monotonic() < self.time + ECHO_SECONDS):
+        if self.number and (torchrun.UNDER_TORCHRUN or time.monotonic() < self.time + ECHO_SECONDS):
             return
         if self.number:
             os._exit(128 + number)
         self.number, self.time = number, time.monotonic()
         if self.is_waiting:
             raise Stopped(number)
-        hint = "" if distributed.UNDER_TORCHRUN else f"; another signal, {ECHO_SECONDS} s later, ends it unsaved"
+        hint = "" if torchrun.UNDER_TORCHRUN else f"; another signal, {ECHO_SECONDS} s later, ends it unsaved"
         # print() isn't allowed here: the signal may have come in the middle of another print.
         with contextlib.suppress(OSError):  # Ctrl-C ends tee as well, and a terminal may be closed
             os.write(2, f"\nFinishing the optimizer step, then saving{hint}\n".encode())
@@ -69,7 +69,7 @@ class Stop:
 
     def _requested(self) -> int:
         """The signal's number; 0 without one."""
-        return self.number or (signal.SIGHUP if distributed.is_orphan() else 0)
+        return self.number or (signal.SIGHUP if torchrun.is_orphan() else 0)
 
     def check(self, is_requested: bool) -> None:
         """Between two steps, in all processes after the same one.
@@ -92,7 +92,7 @@ def waiting() -> Iterator[None]:
         Stopped: by a signal that came before or meanwhile.
     """
     stop = Stop.active
-    if stop is None or distributed.PROCESSES > 1:
+    if stop is None or torchrun.PROCESSES > 1:
         yield
         return
     stop.is_waiting = True

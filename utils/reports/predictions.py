@@ -8,7 +8,7 @@ from torch import Tensor
 from utils.files import write_output
 from utils.images.data import VAL, Data
 from utils.images.workers import Batch
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
 
 COLUMNS = ("path", "class", "guess", "probability of the guess", "rank of the class")
 MOST_CLASSES = 20  # of which each one's accuracy is printed
@@ -43,7 +43,7 @@ class Predictions:
             BadInput: the file can't be written.
         """
         rows, classes = sorted(distributed.gather(self.rows)), self.data.classes
-        if distributed.RANK > 0:
+        if torchrun.RANK > 0:
             return
         hits = [[] for _ in classes]
         for _, target, guess, *_ in rows:

@@ -25,22 +25,19 @@ Loaded, it also has its ``file``. What another trainer's file lacks is filled in
 ``missing``, which is empty for our own.
 """
 
-import contextlib
 import io
 import json
 import math
 import os
 import platform
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torchvision
 
 from utils.errors import BadInput, NotFinite
-from utils.machine import distributed
-from utils.machine.signals import Stopped
+from utils.network.random_state import set_random_state
 from utils.reports.logger import COLUMNS, OLD_COLUMNS
 from utils.reports.meters import Sums
 from utils.runs.reading import NotWhole, Opaque, damaged, needs_code, read
@@ -380,32 +377,3 @@ def load_scaler_and_random_state(scaler: torch.amp.GradScaler, saved: dict) -> N
         set_random_state(saved["rng"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:  # what torch raises for other values
         raise damaged(f"--resume: {saved['file']}", "its random state doesn't fit the run") from error
-
-
-def random_state() -> dict:
-    """The states of torch's global random generators, which dropout draws from; data has generators of its own."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_random_state(state: dict) -> None:
-    """Go on from a :func:`random_state`, on the GPUs that are there."""
-    torch.set_rng_state(state["cpu"])
-    for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda, index)
-
-
-@contextlib.contextmanager
-def undone_if_stopped(model: torch.nn.Module, micro_batches: int) -> Iterator[None]:
-    """If a signal ends the run in the middle of a step, restore random state and buffers as they were before it."""
-    if micro_batches == 1 or distributed.PROCESSES > 1:  # the only wait comes first, or no wait is ended
-        yield
-        return
-    state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]
-    try:
-        yield
-    except Stopped:
-        set_random_state(state)
-        for buffer, before in zip(model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-        raise

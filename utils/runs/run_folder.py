@@ -10,7 +10,7 @@ from pathlib import Path
 
 from utils.errors import BadInput, RunFailed
 from utils.files import write_atomically
-from utils.machine import distributed
+from utils.machine import torchrun
 from utils.reports.logger import CURVES, LOG, Logger
 from utils.runs.checkpoint import BEST, KEPT, LAST, PREVIOUS, serialize
 
@@ -46,7 +46,7 @@ class RunFolder:
         self.has_last = self.resumed is not None and self.resumed.name == LAST  # which is whole, and of this run
         self.unwritten: dict[str, bytes | memoryview] = {}
         self.failure = ""  # of the last save
-        if distributed.RANK == 0:
+        if torchrun.RANK == 0:
             self._check()
 
     def _check(self) -> None:
@@ -66,7 +66,7 @@ class RunFolder:
             )
 
     def __enter__(self) -> "RunFolder":
-        if distributed.RANK > 0:
+        if torchrun.RANK > 0:
             return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if distributed.RANK == 0:
+        if torchrun.RANK == 0:
             os.close(self.lock)  # which gives the lock back
 
     def _kept(self) -> list[Path]:
@@ -104,7 +104,7 @@ class RunFolder:
         Raises:
             NotFinite: the weights or momenta are not finite, and no run could go on from them.
         """
-        if distributed.RANK > 0:
+        if torchrun.RANK > 0:
             return
         contents = serialize(checkpoint)
         names = [LAST]
@@ -148,7 +148,7 @@ class RunFolder:
         if self.failure:
             raise RunFailed(f"stopped by {name}, and {self.failure}; the last checkpoint stands")
         print(f"Stopped by {name} at {place}; resume by")
-        print(f"  {distributed.command([f'--resume={self.folder}'])}")
+        print(f"  {torchrun.shell_command([f'--resume={self.folder}'])}")
         return 128 + number
 
     def describe_end(self, best_acc: float, is_demo: bool) -> int:
@@ -160,9 +160,9 @@ class RunFolder:
         if is_demo:
             plain = ["--demo", "--excitation", "none", "--no-standardize", "-c", "checkpoints/demo-plain"]
             print("A plain network, for comparison; the README says what both reached:")
-            print(f"  {distributed.command(plain)}")
+            print(f"  {torchrun.shell_command(plain)}")
             print("Your own images, in DIR/train/CLASS/ and DIR/val/CLASS/:")
-            print(f"  {distributed.command(['-a', 'l_resnet50', '--data', 'DIR'])}")
+            print(f"  {torchrun.shell_command(['-a', 'l_resnet50', '--data', 'DIR'])}")
         return 0
 
 

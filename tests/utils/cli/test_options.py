@@ -11,7 +11,7 @@ import imagenet
 from utils.cli import options
 from utils.cli.arguments import ELSEWHERE, Kind, named
 from utils.errors import BadInput
-from utils.machine import distributed
+from utils.machine import torchrun
 from utils.runs.checkpoint import BEST
 
 
@@ -57,7 +57,7 @@ def test_the_demo_sets_what_is_not_given():
 
 def test_a_restart_by_torchrun_goes_on_with_what_its_first_start_has_saved(monkeypatch, run, tmp_path):
     """It begins anew what was to be replaced only if nothing was saved yet, and never replaces anything itself."""
-    monkeypatch.setattr(distributed, "RESTARTS", 1)
+    monkeypatch.setattr(torchrun, "RESTARTS", 1)
     new = str(tmp_path / "new")
     for words, resume in (
         (["-d", "x", "-c", new], None),
@@ -93,7 +93,7 @@ def test_another_image_size_than_that_of_the_first_weights_is_told(run, tmp_path
 
 
 def test_parts_that_are_not_even(monkeypatch):
-    monkeypatch.setattr(distributed, "PROCESSES", 3)
+    monkeypatch.setattr(torchrun, "PROCESSES", 3)
     with pytest.raises(BadInput, match=r"^--train-batch 4: 3 processes can't share it evenly; 6 fits$"):
         resolve("-d", "x", "--train-batch", "4")
     assert resolve("-d", "x", "--train-batch", "6").train_batch == 6

@@ -11,7 +11,7 @@ import torch
 from tests.helpers import in_a_process
 from utils.cli.script import Output, call, run_script
 from utils.errors import BadInput, RunFailed
-from utils.machine import distributed
+from utils.machine import distributed, torchrun
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -27,7 +27,7 @@ def test_lines_are_broken_on_a_terminal_alone(monkeypatch, is_terminal):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_speaks_for_all(monkeypatch, tmp_path, rank):
-    monkeypatch.setattr(distributed, "RANK", rank)
+    monkeypatch.setattr(torchrun, "RANK", rank)
 
     def body() -> int:
         os.dup2(os.open(tmp_path / "said", os.O_WRONLY | os.O_CREAT), 1)

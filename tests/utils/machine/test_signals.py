@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers import in_a_process, send
-from utils.machine import distributed
+from utils.machine import torchrun
 from utils.machine.signals import Stop, Stopped, waiting
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one is SLURM's
@@ -79,13 +79,13 @@ def test_a_signal_just_before_a_wait_ends_it():
 
 
 def test_torchrun_hands_a_signal_on_and_is_killed(monkeypatch):
-    monkeypatch.setattr(distributed, "UNDER_TORCHRUN", True)
+    monkeypatch.setattr(torchrun, "UNDER_TORCHRUN", True)
     with Stop() as stop:
         assert not stop.is_requested
         send(signal.SIGTERM)
         send(signal.SIGTERM)
         with pytest.raises(Stopped, match="SIGTERM"):
             stop.check(stop.is_requested)
-    monkeypatch.setattr(distributed, "PARENT", -1)
+    monkeypatch.setattr(torchrun, "PARENT", -1)
     with Stop() as stop, pytest.raises(Stopped, match="SIGHUP"):
         stop.check(stop.is_requested)

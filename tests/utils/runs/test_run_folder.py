@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import in_a_process, tiny_checkpoint
 from utils.errors import BadInput, RunFailed
 from utils.files import write_atomically
-from utils.machine import distributed
+from utils.machine import torchrun
 from utils.reports.logger import CURVES, LOG, Logger
 from utils.reports.meters import Scores
 from utils.runs.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize
@@ -132,7 +132,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "RANK", 1)
+    monkeypatch.setattr(torchrun, "RANK", 1)
     with RunFolder(tmp_path) as run:
         run.note("command\n")
         run.save(tiny_checkpoint(1), Logger("title"), is_best=True)
