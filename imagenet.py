@@ -26,7 +26,6 @@ from utils.cli import options, outputs
 from utils.cli.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Parser, path
 from utils.cli.script import run_script
 from utils.errors import NotFinite, RunFailed
-from utils.images import workers
 from utils.images.data import Data, image_folders
 from utils.images.samples import Source
 from utils.images.workers import Batch
@@ -114,7 +113,6 @@ def build_parser() -> Parser:
     return parser
 
 
-@workers.ended()
 def main(argv: list[str], source: Source = image_folders) -> int:
     """One command, whose steps follow in their order; returns the exit status. The source gives the images."""
     args, saved, init = options.resolve(build_parser(), argv)
@@ -137,7 +135,8 @@ def main(argv: list[str], source: Source = image_folders) -> int:
     model = build_model(args, data, devices, saved or init)
     if args.evaluate:
         predictions = Predictions(data) if args.predictions else None
-        scores = validate(model, data, devices, Stop(), predictions)  # not in a with: a signal ends it at once
+        with data.workers:
+            scores = validate(model, data, devices, Stop(), predictions)  # not in a with: a signal ends it at once
         print(f"{saved['file'] if saved else args.arch}: {scores} {scores.describe_images()}")
         if predictions:
             predictions.report(args.predictions)
@@ -147,13 +146,13 @@ def main(argv: list[str], source: Source = image_folders) -> int:
     run = Run(args, model, data, devices)
     if saved:
         run.restore(saved)
-    with folder, Stop() as stop:
+    with data.workers, folder, Stop() as stop:
         typed, resolved = torchrun.shell_command(argv), options.command(args)
         folder.note(f"# as typed in {os.getcwd()}\n{typed}\n# every option\n{resolved}\n")
         try:
             train(run, folder, stop)
         except Stopped as stopped:  # by a signal
-            workers.end_workers()  # the loader would wait for each that is stuck
+            data.workers.end()  # the loader would wait for each that is stuck
             folder.save(run.checkpoint(), run.log)
             run.leave()
             place = f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"

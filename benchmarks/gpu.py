@@ -46,7 +46,7 @@ from utils.cli.arguments import Parser, number
 from utils.cli.script import run_script
 from utils.errors import BadInput
 from utils.images.data import MEAN, STD, Data
-from utils.images.workers import PREFETCHED, Batch, end_workers
+from utils.images.workers import PREFETCHED, Batch
 from utils.machine import distributed
 from utils.machine.devices import cores
 from utils.machine.signals import Stop
@@ -313,10 +313,11 @@ def from_files(folder: Path, options: list[str]) -> Iterator[Batch]:
     words = ["-d", str(folder), "--train-batch", str(STEP), "--image-size", str(SIZE), "--epochs", "1000000"]
     args = imagenet.build_parser().parse_args([*words, *options])
     data = Data(args, DEVICE)
-    for epoch in range(args.epochs):
-        for step in data.training(epoch):
-            yield from step
-        deque(data.validation(), 0)
+    with data.workers:
+        for epoch in range(args.epochs):
+            for step in data.training(epoch):
+                yield from step
+            deque(data.validation(), 0)
 
 
 def from_torchvision(folder: Path, workers: int) -> Iterator[Batch]:
@@ -355,7 +356,7 @@ def files_table(mode: str, seconds: float) -> list[list[str]]:
                 train_for(run, source, 4)
                 steps += 4
             speeds[name] = steps * STEP / (time.perf_counter() - start)
-        end_workers()
+        sources["from files, this"].close()
     return rows + [[name, f"{speed:.0f}", f"{speed / speeds['from memory']:.2f}"] for name, speed in speeds.items()]
 
 

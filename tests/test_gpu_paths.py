@@ -24,7 +24,6 @@ from models.layers import Conv2d, group_norm
 from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, checkpoint, infinite_gradient, started
 from utils.cli.script import run_script
 from utils.errors import BadInput, NotFinite
-from utils.images import workers as loading
 from utils.images.data import Data
 from utils.images.workers import Batch
 from utils.machine import distributed, torchrun
@@ -228,19 +227,19 @@ def test_workers_of_a_run_on_a_gpu_start_clean_and_leave_signals_to_it(images):
     for device, args.workers in (("cpu", 0), ("cuda", 1)):
         source = Data(args, torch.device(device))
         found.append([*itertools.chain.from_iterable(source.training(0))])
-        for worker in loading.running:
+        for worker in source.workers.processes:
             for number in ENDING:  # a terminal, or timeout, sends them to the whole process group
                 os.kill(worker.pid, number)
         found[-1] += source.validation()
-    (worker,) = loading.running
+    (worker,) = source.workers.processes
     assert type(worker) is multiprocessing.get_context("forkserver").Process
     assert len(found[0]) == 6
     for one, other in zip(*found, strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
         assert one.images.stride() == other.images.stride()
-    loading.end_workers()
+    source.workers.end()
     worker.join(60)
-    assert worker.exitcode == -signal.SIGKILL and not loading.running
+    assert worker.exitcode == -signal.SIGKILL and not source.workers.processes
 
 
 # The start of a run on a GPU, of whose processes a signal comes to all; then the main process is killed.
@@ -248,13 +247,13 @@ KILLED = """
 import os, signal, sys, time, torch, imagenet
 from multiprocessing import forkserver
 from utils.images.data import Data
-from utils.images.workers import running
-steps = Data(imagenet.build_parser().parse_args(sys.argv[1:]), torch.device("cuda")).training(0)
+data = Data(imagenet.build_parser().parse_args(sys.argv[1:]), torch.device("cuda"))
+steps = data.training(0)
 next(next(steps))
 server = forkserver._forkserver._forkserver_pid
 os.kill(server, signal.SIGTERM)
 time.sleep(0.2)
-print("left:", os.waitpid(server, os.WNOHANG), running[0].exitcode, flush=True)
+print("left:", os.waitpid(server, os.WNOHANG), data.workers.processes[0].exitcode, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

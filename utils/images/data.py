@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import math
-import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import sys
 import time
@@ -13,25 +11,14 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from utils.errors import BadInput, RunFailed
 from utils.images.demo import draw_demo
 from utils.images.folders import ImageFolder, alike, check_same_classes
-from utils.images.pixels import ignore_warnings
 from utils.images.samples import Images, Samples, Source, shuffle
-from utils.images.workers import (
-    PREFETCHED,
-    Batch,
-    Key,
-    Parts,
-    collate,
-    running,
-    start_worker,
-    warn_of_shared_memory,
-)
+from utils.images.workers import Batch, Key, Workers, warn_of_shared_memory
 from utils.machine import distributed, torchrun
-from utils.machine.signals import held, waiting
+from utils.machine.signals import waiting
 from utils.words import counted
 
 # ImageNet's, of pixels in 0..1
@@ -68,7 +55,8 @@ class Data:
         saved: dict | None = None,
         source: Source = image_folders,
     ):
-        self.args, self.device = args, device
+        self.args = args
+        self.workers = Workers(math.ceil(args.workers / torchrun.PROCESSES), device.type == "cuda")
         self.waited = 0.0  # seconds for batches that were not there yet
         self.batches: Iterator[Batch] | None = None  # one stream, so that workers never wait at an epoch's end
         if args.demo and torchrun.LOCAL_RANK == 0 and not os.path.exists(args.data):
@@ -197,38 +185,11 @@ class Data:
                 --skip-bad-images, which names those that can't be decoded once and goes on without them, only where
                 nothing can replace one.
         """
-        workers, is_gpu = math.ceil(self.args.workers / torchrun.PROCESSES), self.device.type == "cuda"
-        # A forked worker would inherit locks of CUDA's and NCCL's threads, which nobody releases.
-        context = multiprocessing.get_context("forkserver" if is_gpu else None)
-        if context.get_start_method() == "forkserver":
-            with held():  # a block of its own, as starting the tracker unblocks signals
-                multiprocessing.resource_tracker.ensure_running()
-        ignore_warnings()
-        loader = DataLoader(
-            Parts(self._samples()),
-            batch_sampler=map(distributed.share, keys),
-            num_workers=workers,
-            prefetch_factor=PREFETCHED if workers else None,
-            multiprocessing_context=context if workers else None,
-            collate_fn=collate,
-            pin_memory=is_gpu,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # otherwise each pass draws a number from the global one
-        )
-        others, named = multiprocessing.active_children(), set()
-        try:
-            with held():
-                batches = iter(loader)
-        except (OSError, RuntimeError) as error:
-            raise RunFailed(
-                f"can't start {workers} processes that load images ({error}): lower --workers, or raise the limits of "
-                "processes and open files"
-            ) from error
-        finally:
-            running.extend(worker for worker in multiprocessing.active_children() if worker not in others)
+        batches = self.workers.load(self._samples(), map(distributed.share, keys))
+        named = set()  # of the images that are left out
         while True:
             start = time.monotonic()
-            with waiting() if workers else contextlib.nullcontext():
+            with waiting() if self.workers.count else contextlib.nullcontext():
                 batch = next(batches, None)
             self.waited += time.monotonic() - start
             if batch is None:

@@ -1,33 +1,33 @@
 """The processes that load images: what they make of samples, how they begin, fail and end."""
 
 import argparse
-import contextlib
+import copy
 import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import RunFailed
 from utils.images.pixels import ignore_warnings
 from utils.images.samples import Sample, Samples
 from utils.machine import torchrun
-from utils.machine.signals import ignore_in_worker, may_handle
+from utils.machine.signals import held, ignore_in_worker, may_handle
 
 PREFETCHED = 2  # batches of a worker
 
 Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
-
-running: list[multiprocessing.Process] = []  # the processes that load images for this one
 
 
 class Batch(NamedTuple):
@@ -97,47 +97,96 @@ def _end_with_main_process() -> None:
     os._exit(1)
 
 
-@contextlib.contextmanager
-def ended() -> Iterator[None]:
-    """Around all work with workers: they end with it, and the death of one is told as what it is.
+class Workers:
+    """The processes that load a run's images. Inside ``with``, they end with it, however it ends.
+
+    Args:
+        count: how many; with 0 this process loads them itself.
+        is_gpu: whether their batches are for a GPU.
 
     Raises:
-        RunFailed: a worker has died.
+        RunFailed: one can't be started; or, from ``with``, one has died.
     """
-    try:
-        yield
-    # Torch raises the first wherever the main process is at that moment; the others are of a broken connection.
-    except (RuntimeError, OSError, EOFError) as error:
-        if not _has_lost_worker():
-            raise
-        raise RunFailed(
-            "a process that loads images died: if memory ran out, lower --workers; if shared memory did, as in a "
-            "container, raise it by --shm-size or --ipc=host"
-        ) from error
-    finally:
-        end_workers()  # before the loader is freed, which would wait for them
 
+    def __init__(self, count: int, is_gpu: bool):
+        self.count, self.is_gpu = count, is_gpu
+        self.processes: list[multiprocessing.Process] = []
 
-def _has_lost_worker() -> bool:
-    """Whether a process that loads images has died."""
-    _ignore_deaths()
-    if running:  # the connection to a process may break a moment before the process counts as dead
-        multiprocessing.connection.wait([worker.sentinel for worker in running], timeout=1)
-    return any(worker.exitcode for worker in running)
+    def load(self, parts: dict[str, Samples], batches: Iterable[list[Key]]) -> Iterator[Batch]:
+        """Start them; their batches, each of the samples that the keys name, in this order."""
+        ignore_warnings()
+        loader = DataLoader(
+            Parts(parts),
+            batch_sampler=batches,
+            num_workers=self.count,
+            prefetch_factor=PREFETCHED if self.count else None,
+            multiprocessing_context=self._context() if self.count else None,
+            collate_fn=collate,
+            pin_memory=self.is_gpu,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # otherwise each pass draws a number from the global one
+        )
+        try:
+            with held():
+                return iter(loader)
+        except (OSError, RuntimeError) as error:
+            raise RunFailed(
+                f"can't start {self.count} processes that load images ({error}): lower --workers, or raise the limits "
+                "of processes and open files"
+            ) from error
+
+    def _context(self) -> multiprocessing.context.BaseContext:
+        """By which the loader starts processes, and this object knows them."""
+        # A forked worker would inherit locks of CUDA's and NCCL's threads, which nobody releases.
+        usual = multiprocessing.get_context("forkserver" if self.is_gpu else None)
+        if usual.get_start_method() == "forkserver":
+            with held():  # a block of its own, as starting the tracker unblocks signals
+                multiprocessing.resource_tracker.ensure_running()
+
+        def make(*args, **keywords) -> multiprocessing.Process:
+            self.processes.append(usual.Process(*args, **keywords))
+            return self.processes[-1]
+
+        context = copy.copy(usual)
+        context.Process = make
+        return context
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        # Torch raises the first wherever the main process is at that moment; the others are of a broken connection.
+        has_lost_one = isinstance(error, RuntimeError | OSError | EOFError) and self._has_lost_one()
+        self.end()  # before the loader is freed, which would wait for them
+        if has_lost_one:
+            raise RunFailed(
+                "a process that loads images died: if memory ran out, lower --workers; if shared memory did, as in a "
+                "container, raise it by --shm-size or --ipc=host"
+            ) from error
+
+    def _has_lost_one(self) -> bool:
+        """Whether one has died."""
+        _ignore_deaths()
+        started = self._started()
+        if started:  # the connection to a process may break a moment before the process counts as dead
+            multiprocessing.connection.wait([worker.sentinel for worker in started], timeout=1)
+        return any(worker.exitcode for worker in started)
+
+    def end(self) -> None:
+        """Kill them: at its exit Python would end them by a signal that they ignore, and wait."""
+        _ignore_deaths()
+        for worker in self._started():
+            worker.kill()
+        self.processes.clear()
+
+    def _started(self) -> list[multiprocessing.Process]:
+        return [worker for worker in self.processes if worker.pid is not None]
 
 
 def _ignore_deaths() -> None:
     """From here on, let the loader's handler of a worker's death raise no error, in the middle of whatever."""
     if may_handle("SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def end_workers() -> None:
-    """Kill what is left of the workers: at its exit Python would end them by a signal that they ignore, and wait."""
-    _ignore_deaths()
-    for worker in running:
-        worker.kill()
-    running.clear()
 
 
 def warn_of_shared_memory(args: argparse.Namespace) -> None:

@@ -29,7 +29,6 @@ from utils.images.data import TRAIN, VAL, Data
 from utils.images.folders import ImageFolder
 from utils.images.pixels import random_resized_crop, resize
 from utils.images.samples import Samples, shuffle
-from utils.images.workers import end_workers
 
 
 def data(folder: Path, *words, saved: dict | None = None) -> Data:
@@ -41,13 +40,11 @@ def data(folder: Path, *words, saved: dict | None = None) -> Data:
 def batches(source: Data, epoch: int, step: int) -> list[torch.Tensor]:
     """The images of a run from there on, and the classes last of all."""
     found = []
-    try:
+    with source.workers:
         for number in range(epoch, 2):
             for micro_batches in source.training(number, step if number == epoch else 0):
                 found += micro_batches
             found += source.validation()
-    finally:
-        end_workers()
     return [batch.images for batch in found] + [torch.cat([batch.targets for batch in found])]
 
 
@@ -397,8 +394,9 @@ def test_a_warning_of_a_library_makes_no_bad_image(tmp_path, monkeypatch):
     (tmp_path / "val" / "ring" / "1.png").write_bytes(FORMATS["transparent.png"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 150 - 1)
     for workers in (0, 1):
-        assert [batch.reasons for batch in data(tmp_path, "-e", "-j", workers).validation()] == [[], []]
-        end_workers()
+        source = data(tmp_path, "-e", "-j", workers)
+        with source.workers:
+            assert [batch.reasons for batch in source.validation()] == [[], []]
 
 
 def test_a_link_up_gives_a_class_no_images_of_the_others(images, tmp_path):

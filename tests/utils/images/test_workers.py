@@ -1,5 +1,6 @@
 """What workers make of samples, and what is known of them."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,9 +13,9 @@ import torch
 
 from tests.helpers import PATIENCE
 from utils.errors import RunFailed
-from utils.images import workers
-from utils.images.samples import Sample
-from utils.images.workers import collate, warn_of_shared_memory
+from utils.images.folders import ImageFolder
+from utils.images.samples import Sample, Samples
+from utils.images.workers import Workers, collate, warn_of_shared_memory
 
 
 def test_a_batch_of_samples():
@@ -52,17 +53,38 @@ def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluat
         assert capsys.readouterr().out.startswith(expected) is is_told
 
 
-def test_one_lost_worker_is_enough(monkeypatch):
+def test_one_lost_worker_is_enough():
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=time.sleep, args=(600,)), fork.Process(target=os._exit, args=(1,))]
-    monkeypatch.setattr(workers, "running", [*processes])
+    workers = Workers(2, is_gpu=False)
+    workers.processes += processes
     try:
         for process in processes:
             process.start()
         processes[1].join()
-        with pytest.raises(RunFailed, match="a process that loads images died"), workers.ended():
+        with pytest.raises(RunFailed, match="a process that loads images died"), workers:
             raise RuntimeError
         processes[0].join(PATIENCE)
         assert processes[0].exitcode == -signal.SIGKILL
     finally:
         processes[0].kill()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the loader is left half-made
+def test_a_worker_that_can_not_be_started(images, monkeypatch):
+    """As where the system allows no more processes: the first ones end as well."""
+    start, calls = multiprocessing.process.BaseProcess.start, []
+
+    def failing(process):
+        calls.append(process)
+        if len(calls) == 2:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", failing)
+    parts = {"val": Samples(ImageFolder(images / "val"), 32)}
+    message = r"can't start 2 processes that load images .*: lower --workers"
+    with pytest.raises(RunFailed, match=message), Workers(2, is_gpu=False) as workers:
+        workers.load(parts, iter([[("val", 0, 0)]]))
+    calls[0].join(PATIENCE)
+    assert calls[0].exitcode == -signal.SIGKILL
