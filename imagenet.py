@@ -41,6 +41,7 @@ from utils.reports.meters import Measured, Progress, Reading, Scores, Sums
 from utils.reports.predictions import Predictions
 from utils.runs import checkpoint
 from utils.runs.run_folder import RunFolder
+from utils.runs.weights import initialize, load_weights
 from utils.words import counted
 
 KEYWORD, FIXED, ORDER, BEGINNING, ONCE, OUTPUT, OWN, PLACE, MACHINE = Kind
@@ -170,9 +171,9 @@ def create_model(args: argparse.Namespace, classes: list[str], source: dict | No
             models.check_pretrained_classes(args.arch, len(classes))
         model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **options.settings(args))
     if args.init:
-        checkpoint.initialize(model, source, classes, models.find_classifier(model)[0])
+        initialize(model, source, classes, models.find_classifier(model)[0])
     elif source:
-        checkpoint.load_weights(model, source)
+        load_weights(model, source)
     return model
 
 
@@ -253,7 +254,7 @@ class Run:
         self.acc, self.best_acc = saved["acc"], saved["best_acc"]
         self.scores, self.log.rows = Scores(saved["sums"], len(self.data.classes), saved["seconds"]), saved["log"]
         if self.average and saved["ema"]:
-            checkpoint.load_weights(self.average.module, saved | {"state_dict": saved["ema"]})
+            load_weights(self.average.module, saved | {"state_dict": saved["ema"]})
         load_optimizer(self.optimizer, saved)
         checkpoint.load_scaler_and_random_state(self.scaler, saved)
         print(checkpoint.describe(saved, self.args.epochs, self.data.steps))

@@ -70,19 +70,25 @@ TESTS = {
     "utils/images/samples.py": "utils/images/test_data.py test_another_data_set.py test_options.py test_imagenet.py",
     "utils/images/workers.py": "utils/images/test_workers.py utils/images/test_data.py test_gpu_paths.py "
     "test_places.py test_resuming.py",
+    "utils/machine/devices.py": "utils/machine/test_devices.py test_gpu_paths.py test_options.py",
     "utils/machine/distributed.py": "test_two_processes.py utils/machine/test_distributed.py test_gpu_paths.py "
     "test_options.py",
     "utils/machine/signals.py": "utils/machine/test_signals.py test_places.py test_resuming.py",
+    "utils/machine/torchrun.py": "utils/machine/test_torchrun.py test_two_processes.py",
     "utils/network/classifier.py": "utils/images/test_pixels.py test_options.py test_gpu_paths.py test_recipes.py",
     "utils/network/optimizers.py": "utils/runs/test_checkpoint.py test_options.py test_resuming.py test_gpu_paths.py",
+    "utils/network/parallel.py": "test_gpu_paths.py test_two_processes.py",
+    "utils/network/random_state.py": "test_two_processes.py test_gpu_paths.py test_resuming.py",
     "utils/reports/logger.py": "utils/reports/test_logger.py test_study.py test_imagenet.py",
     "utils/reports/meters.py": "utils/reports/test_meters.py utils/reports/test_logger.py test_gpu_paths.py "
     "test_imagenet.py",
     "utils/reports/pictures.py": "utils/reports/test_pictures.py test_visualize.py",
     "utils/reports/predictions.py": "test_predictions.py test_two_processes.py test_imagenet.py",
     "utils/runs/checkpoint.py": "utils/runs/test_checkpoint.py test_fine_tuning.py test_gpu_paths.py test_resuming.py",
+    "utils/runs/other_trainers.py": "utils/runs/test_checkpoint.py test_fine_tuning.py test_imagenet.py",
     "utils/runs/reading.py": "utils/runs/test_checkpoint.py test_gpu_paths.py",
     "utils/runs/run_folder.py": "utils/runs/test_run_folder.py test_resuming.py test_imagenet.py",
+    "utils/runs/weights.py": "utils/runs/test_checkpoint.py test_fine_tuning.py test_gpu_paths.py test_imagenet.py",
     "utils/start.py": "test_places.py test_resuming.py",
 }
 

@@ -18,6 +18,7 @@ from utils.machine.devices import default_workers
 from utils.reports import pictures
 from utils.runs import checkpoint
 from utils.runs.checkpoint import LAST
+from utils.runs.weights import take_average
 
 # What --demo sets in place of the defaults: small images of ten drawn classes, about a minute on two cores.
 DEMO = {
@@ -55,7 +56,7 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
     run = of_checkpoint(parser, saved) if saved else {}
     for source in (saved if {*outputs} & given.keys() else None, init):
         if source:
-            checkpoint.take_average(source)
+            take_average(source)
     if init:  # of the options of its run, if it has them, those that make the network
         options = of_checkpoint(parser, init, "--init")
         run = {name: options[name] for name in ("arch", *named(Kind.KEYWORD | Kind.FIXED)) if name in options}

@@ -175,3 +175,27 @@ def _load(file: Path) -> object:
                 raise needs_code(file, name) from error
             names[name] = (type("Opaque", (Opaque,), {"name": name}), name)
     raise needs_code(file, f"{next(iter(names))} and {len(names) - 1} others")
+
+
+def is_a(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # which is an int
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether it holds numbers, with neither nan nor infinity among them."""
+    if not tensor.is_cpu or tensor.layout != torch.strided:
+        return False
+    # A view can give one number any shape.
+    stands_for_itself = tensor.nbytes <= tensor.untyped_storage().nbytes()
+    try:
+        return stands_for_itself and bool(tensor.isfinite().all())
+    except NotImplementedError:  # of a type that isn't for computing, such as a quantized one
+        return False
+
+
+def are_finite(state: object) -> bool:
+    """Whether an optimizer's state has finite tensors, by parameter and name, and nothing else."""
+    if not isinstance(state, dict) or not all(isinstance(entry, dict) for entry in state.values()):
+        return False
+    values = [value for entry in state.values() for value in entry.values()]
+    return all(isinstance(value, torch.Tensor) and is_finite(value) for value in values)

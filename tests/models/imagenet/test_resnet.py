@@ -15,7 +15,8 @@ from models.excitation import FORMULATIONS
 from models.imagenet.resnet import BasicBlock as Ours
 from models.imagenet.resnet import ResNet
 from models.layers import fold
-from utils.runs.checkpoint import load, load_weights
+from utils.runs.checkpoint import load
+from utils.runs.weights import load_weights
 
 TWINS = {
     "l_resnet18": "resnet18",

@@ -28,8 +28,9 @@ from tests.helpers import tiny_checkpoint
 from utils.errors import BadInput, RunFailed
 from utils.network.optimizers import load_optimizer
 from utils.runs import checkpoint
-from utils.runs.checkpoint import BEST, LAST, PREVIOUS, find, initialize, load, load_weights, serialize, versions
+from utils.runs.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize, versions
 from utils.runs.reading import read
+from utils.runs.weights import initialize, load_weights
 from utils.words import shortest
 
 # --- files of other trainers, tools and times
@@ -366,7 +367,7 @@ def test_weights_that_do_not_fit(bias, text, tmp_path):
     model = nn.Linear(2, 3)
     before = model.weight.clone()
     with pytest.raises(BadInput, match=text):
-        checkpoint.load_weights(model, {"state_dict": {"weight": torch.zeros(3, 2), **bias}, "file": tmp_path})
+        load_weights(model, {"state_dict": {"weight": torch.zeros(3, 2), **bias}, "file": tmp_path})
     assert torch.equal(model.weight, before)
 
 
@@ -375,7 +376,7 @@ def restore(file: Path) -> dict:
     saved = load(file)
     model = nn.Linear(2, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    checkpoint.load_weights(model, saved)
+    load_weights(model, saved)
     load_optimizer(optimizer, saved)
     checkpoint.load_scaler_and_random_state(torch.amp.GradScaler("cpu", enabled=False), saved)
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
