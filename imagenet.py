@@ -23,7 +23,7 @@ import models
 from models.excitation import EXCITATIONS, FORMULATIONS
 from models.layers import excited_once, fold
 from utils.cli import options, outputs
-from utils.cli.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Parser, path
+from utils.cli.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Options, Parser, path
 from utils.cli.script import run_script
 from utils.errors import NotFinite, RunFailed
 from utils.images.data import Data, image_folders
@@ -132,7 +132,7 @@ def main(argv: list[str], source: Source = image_folders) -> int:
     devices = open_devices(args)
     distributed.join(devices[0])
     data = Data(args, devices[0], saved, source)
-    distributed.check_same((options.common(args), data.digests, saved and (saved["epoch"], saved["step"])))
+    distributed.check_same((args.but(OWN), data.digests, saved and (saved["epoch"], saved["step"])))
     model = build_model(args, data, devices, saved or init)
     if args.evaluate:
         predictions = Predictions(data) if args.predictions else None
@@ -162,14 +162,14 @@ def main(argv: list[str], source: Source = image_folders) -> int:
         return folder.describe_end(run.best_acc, args.demo)
 
 
-def create_model(args: argparse.Namespace, classes: list[str], source: dict | None) -> nn.Module:
+def create_model(args: Options, classes: list[str], source: dict | None) -> nn.Module:
     """The network on the CPU with its first weights: of the checkpoint ``source``, torchvision's, or random ones."""
     pretrained = args.pretrained and source is None
     torch.manual_seed(args.seed)
     with options.refusing_network(args):
         if pretrained and args.evaluate:
             models.check_pretrained_classes(args.arch, len(classes))
-        model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **options.settings(args))
+        model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **args.of(KEYWORD))
     if args.init:
         initialize(model, source, classes, models.find_classifier(model)[0])
     elif source:
@@ -177,7 +177,7 @@ def create_model(args: argparse.Namespace, classes: list[str], source: dict | No
     return model
 
 
-def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device], source: dict | None) -> nn.Module:
+def build_model(args: Options, data: Data, devices: list[torch.device], source: dict | None) -> nn.Module:
     """That network on the first device, once it is sure to take images of this size."""
     model = create_model(args, data.classes, source)
     with options.refusing_network(args):
@@ -192,7 +192,7 @@ def build_model(args: argparse.Namespace, data: Data, devices: list[torch.device
 class Run:
     """What a checkpoint holds, and a resumed run goes on from."""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, data: Data, devices: list[torch.device]):
+    def __init__(self, args: Options, model: nn.Module, data: Data, devices: list[torch.device]):
         self.args, self.model, self.data, self.devices = args, model, data, devices
         self.average = build_average(args, model)
         if args.compile:
@@ -245,7 +245,7 @@ class Run:
             "images": self.data.digests["train"],
             "val_images": self.data.digests["val"],
             "rng": random_state(),
-            "options": options.of_run(self.args),
+            "options": self.args.but(ONCE),
         }
 
     def restore(self, saved: dict) -> None:
@@ -298,7 +298,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
         print(f"{label}  lr {first_lr:.4g}  train {trained}  valid {valid}{over}  {took}")
 
 
-def learning_rate(args: argparse.Namespace, epoch: int, step: int, steps: int) -> float:
+def learning_rate(args: Options, epoch: int, step: int, steps: int) -> float:
     """The rate of a step of an epoch's ``steps``: a function of its place, so that resuming can't lose a drop.
 
     A line up to lr in the warm-up (arXiv 1706.02677); then lr * gamma^(milestones passed), or half a cosine to 0.

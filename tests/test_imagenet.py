@@ -1,6 +1,5 @@
 """The command line, as a user meets it: training, evaluating, exporting, and every refusal."""
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -8,6 +7,7 @@ import shlex
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -200,7 +200,7 @@ def test_exported_weights_load_elsewhere_with_the_same_logits(command, run, tmp_
 ])  # fmt: skip
 def test_the_lines_that_load_exported_weights(tmp_path, capsys, arch, constructor):
     words = {"arch": arch, "cardinality": 8, "base_width": 16, "stem": "small", "image_size": 32}
-    args = argparse.Namespace(**words, export=str(tmp_path / "plain.pth"))
+    args = SimpleNamespace(**words, export=str(tmp_path / "plain.pth"))
     outputs.export(args, {"classes": ["a", "b"], "file": "FILE"}, torch.nn.Linear(2, 2))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith(f"  model = torchvision.models.{constructor}")

@@ -1,6 +1,5 @@
 """--visualize, as a user meets it."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +67,8 @@ def test_what_can_not_be_drawn(command, run, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_fresh_gates_are_those_that_a_run_of_the_seed_begins_with(run, seed):
-    args = argparse.Namespace(**checkpoint(run)["options"] | {"seed": seed}, init=None)
+    args = imagenet.build_parser().parse_args(["--seed", str(seed)])
+    for name, value in (checkpoint(run)["options"] | {"seed": seed}).items():
+        setattr(args, name, value)
     begun = [layer.gates for layer in inspect_layers(imagenet.create_model(args, ["ring", "target"], None))]
     assert all(map(np.array_equal, begun, fresh_gates(args, classes=2)))

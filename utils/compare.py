@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 import imagenet
-from utils.cli.arguments import Kind, Parser, named, path
+from utils.cli.arguments import Kind, Parser, path
 from utils.cli.options import as_words
 from utils.cli.script import run_script
 from utils.errors import BadInput
@@ -96,11 +96,11 @@ def read_options(folder: Path) -> dict[str, str] | None:
         return None
     if not options:
         return None
-    defaults = vars(imagenet.build_parser().parse_args([]))
-    usual = [as_words(name, value) for name, value in defaults.items() if name not in named(Kind.ONCE)]
+    defaults = imagenet.build_parser().parse_args([])
+    usual = [as_words(name, value) for name, value in defaults.but(Kind.ONCE).items()]
     for name, typed in by_option(itertools.chain.from_iterable(usual)).items():
         options.setdefault(name, typed)
-    no_setting = {name.replace("_", "-") for name in named(Kind.PLACE) + named(Kind.MACHINE)}
+    no_setting = {name.replace("_", "-") for name in {**defaults.of(Kind.PLACE), **defaults.of(Kind.MACHINE)}}
     return {name: typed for name, typed in options.items() if name not in no_setting}
 
 

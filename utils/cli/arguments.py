@@ -65,12 +65,24 @@ class Kind(Flag):
 
 
 SETTING = Kind(0)
-_kinds: dict[str, Kind] = {}  # of each option that was added
 
 
-def named(kind: Kind) -> list[str]:
-    """The options that are of this kind, or of all of these."""
-    return [name for name, kinds in _kinds.items() if kind in kinds]
+class Options(argparse.Namespace):
+    """The values of a command's options, and of each the kind."""
+
+    __slots__ = ("kinds",)  # by name; so that vars() has the values alone
+
+    def __init__(self, kinds: dict[str, Kind], **values):
+        super().__init__(**values)
+        self.kinds = kinds
+
+    def of(self, kind: Kind) -> dict[str, object]:
+        """Those that are of this kind, or of all of these."""
+        return {name: value for name, value in vars(self).items() if kind in self.kinds[name]}
+
+    def but(self, kind: Kind) -> dict[str, object]:
+        """All others."""
+        return {name: value for name, value in vars(self).items() if kind not in self.kinds[name]}
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,20 +92,28 @@ class Parser(argparse.ArgumentParser):
         BadInput: in place of printing the usage and exiting.
     """
 
+    def __init__(self, **settings):
+        self.kinds: dict[str, Kind] = {}  # of each option of a group
+        super().__init__(**settings)
+
+    def named(self, kind: Kind) -> list[str]:
+        """The options that are of this kind, or of all of these."""
+        return [name for name, kinds in self.kinds.items() if kind in kinds]
+
     def group(self, title: str, kind: Kind = SETTING) -> Callable[..., None]:
         """A function that adds an option to a new group: add_argument, with the ``kind`` where it is another."""
         group, usual = self.add_argument_group(title), kind
 
         def add(*names: str, kind: Kind = usual, **keywords) -> None:
-            _kinds[group.add_argument(*names, **keywords).dest] = kind
+            self.kinds[group.add_argument(*names, **keywords).dest] = kind
 
         return add
 
     def error(self, message: str) -> None:
         raise BadInput(message)
 
-    def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args: Sequence[str], namespace: argparse.Namespace | None = None) -> Options:
+        namespace, unknown = self.parse_known_args(args, namespace or Options(self.kinds))
         if unknown:
             word, known = unknown[0].partition("=")[0], self._option_string_actions
             meant = ELSEWHERE.get(word.replace("_", "-"), "")

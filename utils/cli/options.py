@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator
 
 import models
-from utils.cli.arguments import Kind, Parser, closest, flag, named
+from utils.cli.arguments import Kind, Options, Parser, closest, flag
 from utils.errors import BadInput, RunFailed
 from utils.files import refuse_existing
 from utils.machine import torchrun
@@ -33,7 +33,7 @@ DEMO = {
 }
 
 
-def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict | None, dict | None]:
+def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict | None]:
     """The options of a command, and the checkpoints that --resume and --init name.
 
     Raises:
@@ -41,17 +41,17 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
     """
     defaults = vars(parser.parse_args([]))
     not_given = object()
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, not_given))))
+    given = vars(parser.parse_args(argv, Options(parser.kinds, **dict.fromkeys(defaults, not_given))))
     given = {name: value for name, value in given.items() if value is not not_given}
     demo = DEMO if "demo" in given else {}
     if torchrun.RESTARTS:
-        given = of_restart(given, folder_of(defaults | demo | given))
-    outputs = named(Kind.OUTPUT)
+        given = of_restart(parser, given, folder_of(defaults | demo | given))
+    outputs = parser.named(Kind.OUTPUT)
     for name in ("resume", "pretrained", *outputs) if "init" in given else ():
         refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
     saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
     if saved and saved["options"]:  # what an older run doesn't name, it had by default
-        kept = {name: value for name, value in defaults.items() if name not in named(Kind.ONCE)}
+        kept = {name: value for name, value in defaults.items() if name not in parser.named(Kind.ONCE)}
         saved["options"] = kept | saved["options"]
     run = of_checkpoint(parser, saved) if saved else {}
     for source in (saved if {*outputs} & given.keys() else None, init):
@@ -59,8 +59,8 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, dict |
             take_average(source)
     if init:  # of the options of its run, if it has them, those that make the network
         options = of_checkpoint(parser, init, "--init")
-        run = {name: options[name] for name in ("arch", *named(Kind.KEYWORD | Kind.FIXED)) if name in options}
-    args = argparse.Namespace(**defaults | demo | run | given)
+        run = {name: options[name] for name in ("arch", *parser.named(Kind.KEYWORD | Kind.FIXED)) if name in options}
+    args = Options(parser.kinds, **defaults | demo | run | given)
     size = init["options"].get("image_size") if init else None
     if size not in (None, args.image_size):
         print(f"{init['file']} was trained at --image-size {size}, and this run takes {args.image_size}")
@@ -88,14 +88,16 @@ def folder_of(options: dict) -> str:
     return options["checkpoint"] or f"checkpoints/imagenet/{options['arch']}"
 
 
-def of_restart(given: dict, folder: str) -> dict:
+def of_restart(parser: Parser, given: dict, folder: str) -> dict:
     """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
-    if {*named(Kind.OUTPUT)} & given.keys():
+    if {*parser.named(Kind.OUTPUT)} & given.keys():
         return given
     # Without --overwrite, what the folder holds is this run's: the first start refuses any other's.
     is_own = "overwrite" not in given and ("resume" not in given or "checkpoint" in given)
     if is_own and os.path.exists(os.path.join(folder, LAST)):
-        given = {name: value for name, value in given.items() if name not in named(Kind.BEGINNING)} | {"resume": folder}
+        given = {name: value for name, value in given.items() if name not in parser.named(Kind.BEGINNING)} | {
+            "resume": folder
+        }
     return given | {"overwrite": False}
 
 
@@ -105,7 +107,7 @@ def refuse(is_wrong: bool, text: str) -> None:
         raise BadInput(text)
 
 
-def typed(args: argparse.Namespace, name: str) -> str:
+def typed(args: Options, name: str) -> str:
     """An option as one types it."""
     return f"{flag(name)} {getattr(args, name)}"
 
@@ -118,7 +120,9 @@ def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict
     """
     if not saved["options"]:
         return {}
-    actions = {action.dest: action for action in parser._actions if action.dest not in (*named(Kind.ONCE), "help")}
+    actions = {
+        action.dest: action for action in parser._actions if action.dest not in (*parser.named(Kind.ONCE), "help")
+    }
     for name, value in saved["options"].items():
         is_own = name == "formulation" and isinstance(value, str) and value not in actions[name].choices
         hint = f"a run with --formulation {value}, which this script doesn't have; take the one that adds it"
@@ -145,18 +149,18 @@ def accepts(action: argparse.Action, value: object) -> bool:
     return type(converted) is type(value) and converted == value
 
 
-def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
+def check_resuming(args: Options, saved: dict, given: dict) -> None:
     """What can't be changed in a run that goes on."""
     knows_epoch = "epoch" not in saved["missing"]
     refuse(args.start_epoch is not None and knows_epoch, "--start-epoch: a resumed run knows its epoch; leave it out")
     refuse(given.get("pretrained"), "--pretrained: with --resume the weights come from there; leave one out")
-    trains = not any(getattr(args, name) for name in named(Kind.OUTPUT))
+    trains = not any(args.of(Kind.OUTPUT).values())
     epochs, done = saved["options"].get("epochs", args.epochs), saved["epoch"]
     is_done = trains and args.epochs < epochs and args.epochs <= done
     refuse(is_done, f"{typed(args, 'epochs')}: {saved['file']} has done {done} of {epochs}; nothing is left")
-    fixed = dict.fromkeys(named(Kind.FIXED), "of a run") if saved["options"] else {}
+    fixed = dict.fromkeys(args.of(Kind.FIXED), "of a run") if saved["options"] else {}
     if saved["step"] and trains:
-        fixed |= dict.fromkeys(named(Kind.ORDER), "in the middle of an epoch")
+        fixed |= dict.fromkeys(args.of(Kind.ORDER), "in the middle of an epoch")
     has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
     is_elsewhere = not has_data and not os.path.exists(args.data)
     refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
@@ -165,17 +169,17 @@ def check_resuming(args: argparse.Namespace, saved: dict, given: dict) -> None:
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
 
 
-def changes(args: argparse.Namespace, saved: dict) -> str:
+def changes(args: Options, saved: dict) -> str:
     """The options that a resumed run had otherwise, in words."""
 
     def words(value: object) -> str:
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    pairs = [(name, saved["options"].get(name, value), value) for name, value in of_run(args).items()]
+    pairs = [(name, saved["options"].get(name, value), value) for name, value in args.but(Kind.ONCE).items()]
     return ", ".join(f"{flag(name)} {words(old)} -> {words(new)}" for name, old, new in pairs if old != new)
 
 
-def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> None:
+def check_outputs(args: Options, saved: dict | None, given: dict) -> None:
     """That the commands that don't train have something to work on, and write over nothing."""
     outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
     if len(outputs) > 1:
@@ -201,7 +205,7 @@ def check_outputs(args: argparse.Namespace, saved: dict | None, given: dict) -> 
         refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
 
 
-def check_training(args: argparse.Namespace) -> None:
+def check_training(args: Options) -> None:
     """That there is something to train on, and as many parts of it as processes."""
     refuse(args.data is None, "--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
     ended = args.start_epoch >= args.epochs
@@ -218,7 +222,7 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"{typed(args, 'train_batch')}: {processes} processes can't share it evenly; {fits} fits")
 
 
-def check_network(args: argparse.Namespace) -> None:
+def check_network(args: Options) -> None:
     """That there is such an architecture, with such weights."""
     if args.arch not in models.ARCHITECTURES:
         ours = "here timm's resnet50_gn is --arch l_resnet50 --excitation none --no-standardize"
@@ -228,22 +232,7 @@ def check_network(args: argparse.Namespace) -> None:
     refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 
 
-def settings(args: argparse.Namespace) -> dict:
-    """The keywords of models.create that make the network of a run."""
-    return {name: getattr(args, name) for name in named(Kind.KEYWORD)}
-
-
-def of_run(args: argparse.Namespace) -> dict:
-    """The options that a run hands on to the command that resumes it."""
-    return {name: value for name, value in vars(args).items() if name not in named(Kind.ONCE)}
-
-
-def common(args: argparse.Namespace) -> dict:
-    """The options that all processes of a run must have alike."""
-    return {name: value for name, value in vars(args).items() if name not in named(Kind.OWN)}
-
-
-def command(args: argparse.Namespace) -> str:
+def command(args: Options) -> str:
     """The command with every option of the run."""
     begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
     left_out = set()  # what would be refused beside the other options
@@ -256,7 +245,7 @@ def command(args: argparse.Namespace) -> str:
     if args.resume is not None and not args.start_epoch:  # which only goes with weights of another trainer
         left_out.add("start_epoch")
     words = []
-    for name, value in (of_run(args) | begin).items():
+    for name, value in (args.but(Kind.ONCE) | begin).items():
         if name in left_out:
             continue
         words += as_words(name, value)
@@ -273,7 +262,7 @@ def as_words(name: str, value: object) -> list[str]:
 
 
 @contextlib.contextmanager
-def refusing_network(args: argparse.Namespace) -> Iterator[None]:
+def refusing_network(args: Options) -> Iterator[None]:
     """Name the flags where a network can't be built with them, or its pretrained weights can't be had."""
     try:
         yield
@@ -293,7 +282,7 @@ def refusing_network(args: argparse.Namespace) -> Iterator[None]:
         raise RunFailed(f"--pretrained: can't get or read the weights of {args.arch}: {reason}") from error
 
 
-def describe_network(args: argparse.Namespace) -> str:
+def describe_network(args: Options) -> str:
     """The architecture and what excites it, in a few words."""
     arch = f"{args.arch}, small stem" if args.stem == "small" else args.arch
     if args.excitation is None:

@@ -1,6 +1,5 @@
 """What --export and --visualize write of a run."""
 
-import argparse
 import io
 import os
 
@@ -11,13 +10,14 @@ from torch import nn
 import models
 from models.inspection import inspect_layers
 from utils.cli import options
+from utils.cli.arguments import Kind, Options
 from utils.errors import BadInput
 from utils.files import write_output
 from utils.reports import pictures
 from utils.words import counted
 
 
-def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
+def export(args: Options, saved: dict, model: nn.Module) -> None:
     """Write the folded weights of a run's checkpoint as a plain state_dict, and say how to load it.
 
     Raises:
@@ -31,7 +31,7 @@ def export(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
     print(models.loading_lines(args.arch, classes, *settings, args.export))
 
 
-def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
+def visualize(args: Options, saved: dict, model: nn.Module) -> None:
     """Draw what excitation does to the weights of a run's checkpoint.
 
     Raises:
@@ -48,8 +48,8 @@ def visualize(args: argparse.Namespace, saved: dict, model: nn.Module) -> None:
         print(os.path.join(args.visualize, name))
 
 
-def fresh_gates(args: argparse.Namespace, classes: int) -> list[np.ndarray | None]:
+def fresh_gates(args: Options, classes: int) -> list[np.ndarray | None]:
     """The gates, layer by layer, of the network that the run's seed begins with where no other weights are given."""
     torch.manual_seed(args.seed)
-    model = models.create(args.arch, num_classes=classes, **options.settings(args))
+    model = models.create(args.arch, num_classes=classes, **args.of(Kind.KEYWORD))
     return [layer.gates for layer in inspect_layers(model)]

@@ -1,6 +1,5 @@
 """Options that a checkpoint can't have had, and a batch that processes can't share."""
 
-import argparse
 import shlex
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 
 import imagenet
 from utils.cli import options
-from utils.cli.arguments import ELSEWHERE, Kind, named
+from utils.cli.arguments import ELSEWHERE, Kind, Options
 from utils.errors import BadInput
 from utils.machine import torchrun
 from utils.runs.checkpoint import BEST
@@ -32,9 +31,7 @@ NO_OPTIONS = [("lr", "0.1"), ("lr", 1), ("lr", float("nan")), ("epochs", 0), ("e
 
 @pytest.mark.parametrize("name, value", NO_OPTIONS)
 def test_options_that_no_run_has(name, value):
-    args = vars(resolve("-d", "x"))
-    kept = {option: own for option, own in args.items() if option not in named(Kind.ONCE)}
-    saved = {"file": Path("runs/one/checkpoint"), "options": kept}
+    saved = {"file": Path("runs/one/checkpoint"), "options": resolve("-d", "x").but(Kind.ONCE)}
     assert options.of_checkpoint(imagenet.build_parser(), saved) == saved["options"] | {"checkpoint": "runs/one"}
     saved["options"] |= {name: value}
     with pytest.raises(BadInput, match=f"runs/one/checkpoint is damaged: its options have {name} "):
@@ -103,9 +100,9 @@ def test_what_the_processes_of_a_run_may_have_of_their_own():
     """Places and what a machine has; anything else must be the same in all of them."""
     args = resolve("-d", "x")
     for name in vars(args):
-        other = argparse.Namespace(**vars(args) | {name: "another"})
+        other = Options(args.kinds, **vars(args) | {name: "another"})
         own = {"checkpoint", "data", "gpu_id", "init", "resume", "workers"}
-        assert (options.common(other) == options.common(args)) is (name in own), name
+        assert (other.but(Kind.OWN) == args.but(Kind.OWN)) is (name in own), name
 
 
 def test_the_noted_command_can_be_given(images, run):
