@@ -70,6 +70,14 @@ def blank_picture() -> bytes:
     return render(Figure())
 
 
+def run_example(heading: str) -> dict:
+    """Run the first program below a heading of TRAINING.md; what it defines, and the ``main`` that it starts."""
+    text = (ROOT / "TRAINING.md").read_text().split(heading)[1]
+    with mock.patch("utils.cli.script.run_script") as run_script:
+        exec(text.split("```python\n")[1].split("```")[0], scope := {"__name__": "__main__"})
+    return scope | {"main": run_script.call_args.args[0]}
+
+
 def assert_fails(ended: SimpleNamespace, status: int, *texts) -> None:
     """With this exit status, and by one line on standard error that has these texts."""
     assert (ended.status, ended.err.count("\n")) == (status, 1), ended.err

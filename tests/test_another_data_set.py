@@ -1,14 +1,12 @@
 """A data set of one's own: the code of TRAINING.md trains on it as on folders of the same images."""
 
-import functools
-
 import pytest
 import torch
 import torchvision
 from torchvision.datasets import FakeData
 
 import imagenet
-from tests.helpers import EXCITED, ROOT, assert_same_run, checkpoint
+from tests.helpers import EXCITED, assert_same_run, checkpoint, run_example
 from utils.cli.script import call
 from utils.errors import BadInput
 from utils.images.samples import Pairs, Samples
@@ -32,19 +30,21 @@ class Fake:
 
 
 @pytest.fixture
-def source(monkeypatch):
-    """What the code defines, of such images."""
+def code(monkeypatch) -> dict:
+    """What the code defines, of such images, and the ``main`` that it starts."""
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Fake)
-    text = (ROOT / "TRAINING.md").read_text().split("**Another data set.**")[1]
-    exec(text.split("```python\n")[1].split("```")[0], scope := {"__name__": "cifar"})
-    return scope["cifar10"]
+    return run_example("**Another data set.**")
 
 
 @pytest.fixture
-def run(source):
+def source(code):
+    return code["cifar10"]
+
+
+@pytest.fixture
+def run(code):
     """Run the command of the code with these words; returns its exit status."""
-    main = functools.partial(imagenet.main, source=source)
-    return lambda *words: call(main, [str(word) for word in words], "cifar.py")
+    return lambda *words: call(code["main"], [str(word) for word in words], "cifar.py")
 
 
 def test_a_run_is_that_of_folders_of_the_same_images(run, source, tmp_path, stop_after, capsys):

@@ -10,20 +10,20 @@ from PIL import Image
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
+import imagenet
 import models
 from models.excitation import FORMULATIONS, ChannelGate
 from models.inspection import inspect_layers
 from models.layers import Conv2d, excite, excited_once, fold
-from tests.helpers import EXCITED, ROOT, assert_refused, assert_same_run, checkpoint
+from tests.helpers import EXCITED, assert_refused, assert_same_run, checkpoint, run_example
 from utils.network.parallel import over_devices
 
 
 @pytest.fixture(autouse=True)
 def mine() -> Iterator[dict]:
     """What the code defines; it adds the formulation ``mine``."""
-    text = (ROOT / "TRAINING.md").read_text().split("## Your own gate or map")[1]
-    scope = {"__name__": "mine"}
-    exec(text.split("```python\n")[1].split("```")[0], scope)
+    scope = run_example("## Your own gate or map")
+    assert scope["main"] is imagenet.main
     yield scope
     del FORMULATIONS["mine"]
 
