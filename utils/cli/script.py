@@ -16,6 +16,12 @@ from utils.errors import BadInput, RunFailed
 from utils.machine import distributed, torchrun
 from utils.words import wrapped
 
+MORE_FILES = "lower --workers, or raise ulimit -n"
+LESS_MEMORY = (
+    "out of memory: lower --train-batch (and raise --iter-size by as much), --test-batch, --workers or --image-size"
+)
+ALL_TOGETHER = "another process of the run has ended: go on with all of them by --resume if there is a checkpoint"
+
 
 class Output:
     """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run.
@@ -68,21 +74,22 @@ def call(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """The exit status of a failure, and what to say of it; one that nobody expects is raised again."""
+    """The exit status of a failure, and what to say of it; one that nobody expects is raised again.
+
+    Of the system and of torch, it is their own message, with what to do about it.
+    """
     if isinstance(error, BadInput | RunFailed):
         return error.status, str(error)
-    if os.strerror(errno.EMFILE) in str(error):  # for which torch has its own words
-        return 1, "too many open files: lower --workers, or raise ulimit -n"
-    if isinstance(error, OSError):
-        # Of an error in a process that loads images, the last line is the error and those before it its traceback.
-        return 1, (str(error).splitlines() or [type(error).__name__])[-1]
-    # The CPU's allocator raises a plain RuntimeError.
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error):
-        text = str(error).partition("\n")[0]
-        return 1, (
-            "out of memory: lower --train-batch (and raise --iter-size by as much), --test-batch, --workers or "
-            f"--image-size: {text}"
-        )
+    lines = str(error).splitlines() or [type(error).__name__]
+    # Torch raises a plain RuntimeError for these; of one in a process that loads images, a traceback comes first.
+    for text, hint in ((os.strerror(errno.EMFILE), MORE_FILES), ("DefaultCPUAllocator", LESS_MEMORY)):
+        for line in lines:
+            if text in line:
+                return 1, f"{line}: {hint}"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return 1, f"{lines[0]}: {LESS_MEMORY}"
     if distributed.has_lost_another(error):
-        return 1, "another process of the run has ended; go on with all of them by --resume if there is a checkpoint"
+        return 1, f"{lines[0]}: {ALL_TOGETHER}"
+    if isinstance(error, OSError):
+        return 1, lines[-1]
     raise error
