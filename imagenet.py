@@ -37,7 +37,7 @@ from utils.network.optimizers import build_average, build_optimizer, load_optimi
 from utils.network.parallel import over_devices, parallelize, reduce_if, share_buffers, smallest_part
 from utils.network.random_state import random_state, seed_dropout, undone_if_stopped
 from utils.reports.logger import Logger
-from utils.reports.meters import Measured, Progress, Reading, Scores, Sums
+from utils.reports.meters import Measured, Progress, Scores, Sums, Transfer
 from utils.reports.predictions import Predictions
 from utils.runs import checkpoint
 from utils.runs.run_folder import RunFolder
@@ -148,7 +148,7 @@ def main(argv: list[str], source: Source = image_folders) -> int:
     if saved:
         run.restore(saved)
     with data.workers, folder, Stop() as stop:
-        typed, resolved = torchrun.shell_command(argv), options.command(args)
+        typed, resolved = torchrun.shell_command(argv), options.full_command(args)
         folder.note(f"# as typed in {os.getcwd()}\n{typed}\n# every option\n{resolved}\n")
         try:
             train(run, folder, stop)
@@ -157,29 +157,29 @@ def main(argv: list[str], source: Source = image_folders) -> int:
             folder.save(run.checkpoint(), run.log)
             run.leave()
             place = f"epoch {run.epoch + 1}/{args.epochs}, step {run.step}/{data.steps}"
-            return folder.describe_stop(stopped.number, place)
+            return folder.report_stop(stopped.number, place)
         run.leave()
-        return folder.describe_end(run.best_acc, args.demo)
+        return folder.report_end(run.best_acc, args.demo)
 
 
-def create_model(args: Options, classes: list[str], source: dict | None) -> nn.Module:
-    """The network on the CPU with its first weights: of the checkpoint ``source``, torchvision's, or random ones."""
-    pretrained = args.pretrained and source is None
+def create_model(args: Options, classes: list[str], saved: dict | None) -> nn.Module:
+    """The network on the CPU with its first weights: of the checkpoint, torchvision's, or random ones."""
+    pretrained = args.pretrained and saved is None
     torch.manual_seed(args.seed)
     with options.refusing_network(args):
         if pretrained and args.evaluate:
             models.check_pretrained_classes(args.arch, len(classes))
         model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **args.of(KEYWORD))
     if args.init:
-        initialize(model, source, classes, models.find_classifier(model)[0])
-    elif source:
-        load_weights(model, source)
+        initialize(model, saved, classes, models.find_classifier(model)[0])
+    elif saved:
+        load_weights(model, saved)
     return model
 
 
-def build_model(args: Options, data: Data, devices: list[torch.device], source: dict | None) -> nn.Module:
+def build_model(args: Options, data: Data, devices: list[torch.device], saved: dict | None) -> nn.Module:
     """That network on the first device, once it is sure to take images of this size."""
-    model = create_model(args, data.classes, source)
+    model = create_model(args, data.classes, saved)
     with options.refusing_network(args):
         models.check_input(model, smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
     if args.sync_bn and torchrun.PROCESSES > 1:
@@ -207,7 +207,7 @@ class Run:
         self.unread = deque()  # what the last steps measured, and is not in the scores yet
         self.is_stopping = False  # whether any process had a signal at the last step that was read
 
-    def read(self, behind: int = 0) -> None:
+    def collect(self, behind: int = 0) -> None:
         """Add to the scores what the steps measured, but for so many of the last ones.
 
         Raises:
@@ -215,7 +215,7 @@ class Run:
         """
         while len(self.unread) > behind:
             step, lr, values = self.unread.popleft()
-            sums, norm, scale, stopping = Measured.of(values.read())
+            sums, norm, scale, stopping = Measured.of(values.wait())
             self.is_stopping |= stopping > 0
             loss, is_finite = sums.loss / sums.images, math.isfinite(norm)
             # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
@@ -227,7 +227,7 @@ class Run:
 
     def checkpoint(self) -> dict:
         """The state in plain tensors, numbers, strings, lists and dicts; utils/runs/checkpoint.py says what each is."""
-        self.read()
+        self.collect()
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -257,7 +257,7 @@ class Run:
             load_weights(self.average.module, saved | {"state_dict": saved["ema"]})
         load_optimizer(self.optimizer, saved)
         checkpoint.load_scaler_and_random_state(self.scaler, saved)
-        print(checkpoint.describe(saved, self.args.epochs, self.data.steps))
+        print(checkpoint.describe_resumption(saved, self.args.epochs, self.data.steps))
         changes = options.changes(self.args, saved)
         if changes:
             rate = learning_rate(self.args, self.epoch, self.step, self.data.steps)
@@ -323,12 +323,12 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
         if args.save_freq and run.step % args.save_freq == 0:
             folder.save(run.checkpoint(), run.log)
         stop.check(run.is_stopping)  # raises Stopped, in all processes after the same step
-    run.read()
+    run.collect()
     stop.check(run.is_stopping)
 
 
 def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
-    """One optimizer step over ``iter_size`` micro-batches; raises as :meth:`Run.read` does."""
+    """One optimizer step over ``iter_size`` micro-batches; raises as :meth:`Run.collect` does."""
     args, network, scaler, sums = run.args, run.network, run.scaler, 0
     # The weights are excited here, once for all micro-batches. A signal that ends the wait for one raises Stopped.
     with undone_if_stopped(run.model, args.iter_size), excited_once(network):
@@ -344,8 +344,8 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     scale, stopping = scaler.scale(torch.ones_like(norm)), torch.full_like(norm, stop.is_requested)
     others = torch.stack([norm, scale, stopping]).double() / torchrun.PROCESSES  # so that a total is their mean
     values = distributed.total(torch.cat([sums, others]))
-    run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Reading(values)))
-    run.read(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
+    run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Transfer(values)))
+    run.collect(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
     measured = Measured.of(values)
     step_if(run.optimizer, (measured.sums.loss + measured.norm).isfinite())
     scaler.update()
@@ -368,7 +368,7 @@ def validate(
     network = over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
     sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=devices[0])
     stopping = torch.zeros(1, dtype=torch.float64, device=devices[0])
-    shown, reading = Scores(classes=len(data.classes)), None
+    shown, transfer = Scores(classes=len(data.classes)), None
     progress = Progress("Validate", data.val_batches, args.test_batch, data, shown)
     for batch in progress.track(data.validation()):
         if stop.is_requested:  # the others learn of it by the sums
@@ -377,8 +377,8 @@ def validate(
         if len(batch.images) > 0:
             _, batch_sum, logits = classify(network, batch, devices[0])
             sums += batch_sum
-            shown.sums = Sums(*reading.read()) if reading else shown.sums  # a batch late, as above
-            reading = Reading(sums)
+            shown.sums = Sums(*transfer.wait()) if transfer else shown.sums  # a batch late, as above
+            transfer = Transfer(sums)
             if predictions:
                 predictions.add(batch, logits)
         else:  # none could be decoded, or this process has no part of a small batch

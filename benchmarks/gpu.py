@@ -91,7 +91,7 @@ def train(run: imagenet.Run, batches: list[Batch], steps: int = 3) -> nn.Module:
     """The model after some steps of the same images."""
     for _ in range(steps):
         imagenet.train_step(run, iter(batches), Stop())
-    run.read()
+    run.collect()
     return run.model
 
 
@@ -364,7 +364,7 @@ def train_for(run: imagenet.Run, source: Iterator[Batch], steps: int) -> None:
     """So many steps of the next batches, all done when it returns."""
     for batch in itertools.islice(source, steps):
         imagenet.train_step(run, iter([batch]), Stop())
-    run.read()
+    run.collect()
 
 
 def kernels_table(rounds: int = 5) -> list[list[str]]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .excitation import ChannelGate, Gate, words
+from .excitation import ChannelGate, Gate, name_in_words
 from .imagenet import resnet, resnext
 from .layers import PLAIN, ExcitedConv, excite, fold, is_depthwise
 
@@ -113,7 +113,7 @@ def describe(model: nn.Module) -> str:
     parts = [f"formulation {first.formulation}"]
     if first.standardize:
         parts.append("standardized")
-    parts += [f"{letters.upper()} ({words(half)})" for letters, half in first.settings.halves().items()]
+    parts += [f"{letters.upper()} ({name_in_words(half)})" for letters, half in first.settings.halves().items()]
     text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
     depthwise = sum(is_depthwise(conv) for conv in every)
     others = len(every) - len(convs) - depthwise

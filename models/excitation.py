@@ -188,7 +188,7 @@ def is_gate(half: Half) -> bool:
     return isinstance(half, type) and issubclass(half, Gate)
 
 
-def words(half: Half) -> str:
+def name_in_words(half: Half) -> str:
     """A gate's or a map's name in words: "channel gate" of ChannelGate, "activation map" of activation_map."""
     name = getattr(half, "__name__", type(half).__name__)
     return re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", name).lower()
@@ -217,7 +217,7 @@ class Settings:
         for half in FORMULATIONS[self.formulation].values():
             if isinstance(half, nn.Module) or (isinstance(half, type) and not is_gate(half)):
                 hint = "is neither a subclass of Gate nor a function; what has parameters is a gate"
-                raise ValueError(f"formulation {self.formulation!r}: {words(half)} {hint}")
+                raise ValueError(f"formulation {self.formulation!r}: {name_in_words(half)} {hint}")
         gates = [is_gate(half) for half in self.halves().values()]
         if len(gates) > 1 and gates[0] == gates[1]:
             raise ValueError(f"formulation {self.formulation!r}: both halves are of one kind, not a gate and a map")

@@ -11,7 +11,7 @@ from .excitation import Map, standardize
 from .layers import Conv2d
 
 
-class Layer(NamedTuple):
+class Inspected(NamedTuple):
     """An excited convolution's weights on their way, float32 arrays.
 
     Attributes:
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
 
 
 @torch.no_grad()
-def inspect_layers(model: nn.Module) -> Iterator[Layer]:
+def inspect_layers(model: nn.Module) -> Iterator[Inspected]:
     """The network's excited convolutions, from the first to the last."""
     for name, conv in model.named_modules():
         if isinstance(conv, Conv2d) and conv.excites:
@@ -50,7 +50,7 @@ def inspect_layers(model: nn.Module) -> Iterator[Layer]:
             if conv.settings.map is not None:
                 argument, gain = weight, _derivative(conv.settings.map, weight)
             tensors = (raw, conv.excited_weight(), argument, gain, _pairs(gates), _pairs(constants))
-            yield Layer(name, *(None if tensor is None else tensor.float().cpu().numpy() for tensor in tensors))
+            yield Inspected(name, *(None if tensor is None else tensor.float().cpu().numpy() for tensor in tensors))
 
 
 @torch.enable_grad()

@@ -298,13 +298,13 @@ def test_a_step_on_another_device_waits_for_no_number(monkeypatch, formulation, 
     def off_meta(device, *arguments, **keywords):
         return contextlib.nullcontext() if device == "meta" else autocast(device, *arguments, **keywords)
 
-    def reading(values):
+    def transfer(values):
         read.append(values.device)
-        return SimpleNamespace(read=lambda: [1.0] * 8 + [0.0])
+        return SimpleNamespace(wait=lambda: [1.0] * 8 + [0.0])
 
     monkeypatch.setattr(torch, "autocast", off_meta)
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(imagenet, "Reading", reading)
+    monkeypatch.setattr(imagenet, "Transfer", transfer)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: None)  # the fused one knows no meta device
     run = run_of(network(formulation), options, [meta])
     train(run, batches(2, 8, size), 2)
@@ -355,7 +355,7 @@ def test_late_reads_skip_the_same_steps():
                     sums = run.checkpoint()["sums"]
                     assert (sums[3], sums[5]) == (4 * 7, sum(skipped))
         assert skipped[0] and True in skipped[skipped.index(False) :]
-        run.read()
+        run.collect()
         assert run.scores.skipped_steps == sum(skipped)
         ended.append((state(run), sums, run.scores.sums))
     assert all(map(torch.equal, ended[0][0], ended[1][0]))

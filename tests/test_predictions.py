@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 import models
 from models.layers import fold
 from tests.helpers import checkpoint
-from utils.images.pixels import decode, read, resized_center_crop
+from utils.images.pixels import decode, read_bytes, resized_center_crop
 from utils.images.workers import Batch
 from utils.network.classifier import normalize
 from utils.reports.predictions import Predictions
@@ -31,7 +31,7 @@ def test_a_row_for_each_image(command, images, run, tmp_path):
     model.load_state_dict(checkpoint(run)["state_dict"])
     folder, rows = ImageFolder(images / "val"), []
     for path, target in folder.samples:
-        pixels = resized_center_crop(decode(read(path)), 32)[None]
+        pixels = resized_center_crop(decode(read_bytes(path)), 32)[None]
         probabilities = fold(model).eval()(normalize(pixels, torch.float32)).softmax(1)[0].tolist()
         guess, rank = probabilities.index(max(probabilities)), 1 + (probabilities[target] < max(probabilities))
         rows.append([path, folder.classes[target], folder.classes[guess], f"{max(probabilities):.4f}", str(rank)])

@@ -191,7 +191,7 @@ def test_two_halves_of_each_batch_are_the_batch(iter_size):
         run = run_of(model, words, [CPU])
         for _ in range(2):
             imagenet.train_step(run, iter(given), Stop())
-        run.read()
+        run.collect()
         return [parameter.tolist() for parameter in run.model.parameters()], run.scores.sums
 
     def body(rank):

@@ -34,7 +34,7 @@ Rows = list[dict[str, float]]
 PICTURES = (".png", ".pdf", ".svg")
 
 
-class Run(NamedTuple):
+class LoggedRun(NamedTuple):
     """A run's log, and {option: as it is typed} of those that it doesn't share with all others; None: not known."""
 
     rows: Rows
@@ -62,11 +62,11 @@ def main(argv: list[str]) -> int:
             raise BadInput(f"the curves have numbers that can't be drawn: {error}") from error
         write_output("--out", args.out, picture)
     for name, logs in ({name: [run.rows] for name, run in runs.items()} | settings).items():
-        print(f"{name}: {describe(logs)}")
+        print(f"{name}: {accuracies(logs)}")
     return 0
 
 
-def read_runs(folders: list[str]) -> dict[str, Run]:
+def read_runs(folders: list[str]) -> dict[str, LoggedRun]:
     """Runs by their paths within the folder that all of them are in, and by the options that tell them apart."""
     parent = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in folders])
     options = [read_options(Path(folder)) for folder in folders]
@@ -77,7 +77,7 @@ def read_runs(folders: list[str]) -> dict[str, Run]:
         own = words and {option: word for option, word in words.items() if (option, word) not in shared}
         name = os.fsencode(os.path.relpath(folder, parent)).decode(errors="replace")
         name += f" ({', '.join(own.values())})" if own else ""
-        runs[name] = Run(read_log(Path(folder, LOG) if os.path.isdir(folder) else Path(folder)), own)
+        runs[name] = LoggedRun(read_log(Path(folder, LOG) if os.path.isdir(folder) else Path(folder)), own)
     return runs
 
 
@@ -116,7 +116,7 @@ def by_option(words: Iterable[str]) -> dict[str, str]:
     return {name: " ".join(typed) for name, typed in options.items()}
 
 
-def join_seeds(runs: dict[str, Run]) -> dict[str, list[Rows]]:
+def join_seeds(runs: dict[str, LoggedRun]) -> dict[str, list[Rows]]:
     """The logs of each setting, with the epochs that its runs share: of runs that differ in their seeds alone."""
     groups: dict[str, dict[str, Rows]] = {}
     for name, run in runs.items():
@@ -132,7 +132,7 @@ def join_seeds(runs: dict[str, Run]) -> dict[str, list[Rows]]:
     return settings
 
 
-def describe(logs: list[Rows]) -> str:
+def accuracies(logs: list[Rows]) -> str:
     """The accuracies of a run or, of several, mean and standard deviation."""
     bests = [max(rows, key=lambda row: row["Valid Acc."]) for rows in logs]
     lasts = [rows[-1] for rows in logs]

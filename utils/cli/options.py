@@ -51,8 +51,8 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
         refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
     saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
     if saved and saved["options"]:  # what an older run doesn't name, it had by default
-        kept = {name: value for name, value in defaults.items() if name not in parser.named(Kind.ONCE)}
-        saved["options"] = kept | saved["options"]
+        defaulted = {name: value for name, value in defaults.items() if name not in parser.named(Kind.ONCE)}
+        saved["options"] = defaulted | saved["options"]
     run = of_checkpoint(parser, saved) if saved else {}
     for source in (saved if {*outputs} & given.keys() else None, init):
         if source:
@@ -232,7 +232,7 @@ def check_network(args: Options) -> None:
     refuse(no_weights, f"--pretrained: there are no weights for {args.arch}; torchvision's architectures have some")
 
 
-def command(args: Options) -> str:
+def full_command(args: Options) -> str:
     """The command with every option of the run."""
     begin = {name: getattr(args, name) for name in ("checkpoint", "init", "resume", "start_epoch")}
     left_out = set()  # what would be refused beside the other options

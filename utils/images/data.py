@@ -27,12 +27,12 @@ STD = (0.229, 0.224, 0.225)
 TRAIN, VAL = "train", "val"
 
 
-def image_folders(folder: str, part: str) -> ImageFolder:
+def image_folders(folder: str, split: str) -> ImageFolder:
     """The usual source: train/CLASS/ and val/CLASS/."""
     parent = Path(folder).parent
     if not os.path.exists(Path(folder, VAL)) and Path(parent, VAL).is_dir():
         raise BadInput(f"--data: {folder} has no folder {VAL}; did you mean {parent}?")
-    return ImageFolder(Path(folder, part))
+    return ImageFolder(Path(folder, split))
 
 
 class Data:

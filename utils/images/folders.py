@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from utils.errors import BadInput
-from utils.images.pixels import decode, read
+from utils.images.pixels import decode, read_bytes
 
 DOT = ord(".")
 AVIF = (".avif",) if ".avif" in Image.registered_extensions() else ()  # some builds of Pillow can't read it
@@ -72,7 +72,7 @@ class ImageFolder:
 
     def load(self, index: int) -> tuple[Tensor, int]:
         """An image, uint8 (3, height, width), and its class."""
-        return decode(read(self.path(index))), self.target(index)
+        return decode(read_bytes(self.path(index))), self.target(index)
 
     def digest(self) -> str:
         """A fingerprint of the list of images, whatever folder it lies in."""

@@ -32,7 +32,7 @@ class BadImage(ValueError):
     """What is wrong with an image; a decoder's own exceptions say it as well."""
 
 
-def read(path: str) -> np.ndarray:
+def read_bytes(path: str) -> np.ndarray:
     """The bytes of a file, uint8, which can be written to, as torch wants it."""
     return np.frombuffer(bytearray(Path(path).read_bytes()), np.uint8)  # np.fromfile doesn't notice a failure
 

@@ -39,7 +39,7 @@ class Images(Protocol):
         """A fingerprint of the images and their order, by which a resumed run knows them."""
 
 
-# Of --data and a part, "train" or "val".
+# Of --data and a split, "train" or "val".
 Source = Callable[[str, str], Images]
 
 

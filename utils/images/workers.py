@@ -41,18 +41,18 @@ class Batch(NamedTuple):
     bad: int
     reasons: list[str]
     failure: str | None = None  # of the machine, which ends the run
-    indices: Sequence[int] = ()  # of the images in their part
+    indices: Sequence[int] = ()  # of the images in their split
 
 
-class Parts(Dataset):
-    """Both parts behind one kind of key, so that the same workers serve training and validation."""
+class Splits(Dataset):
+    """Both splits behind one kind of key, so that the same workers serve training and validation."""
 
-    def __init__(self, parts: dict[str, Samples]):
-        self.parts = parts
+    def __init__(self, splits: dict[str, Samples]):
+        self.splits = splits
 
     def __getitem__(self, key: Key) -> Sample:
         split, *rest = key
-        return self.parts[split][tuple(rest)]
+        return self.splits[split][tuple(rest)]
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -112,11 +112,11 @@ class Workers:
         self.count, self.is_gpu = count, is_gpu
         self.processes: list[multiprocessing.Process] = []
 
-    def load(self, parts: dict[str, Samples], batches: Iterable[list[Key]]) -> Iterator[Batch]:
+    def load(self, splits: dict[str, Samples], batches: Iterable[list[Key]]) -> Iterator[Batch]:
         """Start them; their batches, each of the samples that the keys name, in this order."""
         ignore_warnings()
         loader = DataLoader(
-            Parts(parts),
+            Splits(splits),
             batch_sampler=batches,
             num_workers=self.count,
             prefetch_factor=PREFETCHED if self.count else None,

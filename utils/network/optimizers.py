@@ -49,11 +49,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         BadInput: it isn't that of such an optimizer of the run's parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state, kept = saved["optimizer"]["state"], _kept_by(optimizer)
-    if not state or not kept:
+    state, entries = saved["optimizer"]["state"], _entries_of(optimizer)
+    if not state or not entries:
         return
     if len(state) != len(parameters) or not all(
-        _fits(state.get(index), parameter, kept) for index, parameter in enumerate(parameters)
+        _fits(state.get(index), parameter, entries) for index, parameter in enumerate(parameters)
     ):
         raise BadInput(
             f"--resume: the optimizer in {saved['file']} doesn't fit this run's; --init takes the weights alone"
@@ -66,7 +66,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                 optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
 
 
-def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
+def _entries_of(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
     """{name: whether it has its parameter's shape, and isn't one number} of what such an optimizer keeps of each."""
     known = inspect.signature(type(optimizer)).parameters
     options = {name: value for name, value in optimizer.defaults.items() if name in known}
@@ -77,11 +77,11 @@ def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
     return {name: value.ndim > 0 for name, value in probe.state[parameter].items() if value is not None}
 
 
-def _fits(entry: dict | None, parameter: torch.Tensor, kept: dict[str, bool]) -> bool:
+def _fits(entry: dict | None, parameter: torch.Tensor, entries: dict[str, bool]) -> bool:
     """Whether it is what an optimizer keeps of the parameter."""
     return (
         entry is not None
-        and entry.keys() == kept.keys()
+        and entry.keys() == entries.keys()
         and all(value.is_floating_point() for value in entry.values())
-        and all(entry[name].shape == (parameter.shape if is_like_it else ()) for name, is_like_it in kept.items())
+        and all(entry[name].shape == (parameter.shape if is_like_it else ()) for name, is_like_it in entries.items())
     )

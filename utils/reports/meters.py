@@ -63,7 +63,7 @@ def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> T
     return torch.stack(Sums(loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images, bad, none)).double()
 
 
-class Reading:
+class Transfer:
     """Numbers on their way from a device, which doesn't stop for them."""
 
     def __init__(self, values: Tensor):
@@ -72,7 +72,7 @@ class Reading:
         if self.arrival is not None:
             self.arrival.record()
 
-    def read(self) -> list[float]:
+    def wait(self) -> list[float]:
         """The numbers, once they are here."""
         if self.arrival is not None:
             self.arrival.synchronize()

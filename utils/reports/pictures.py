@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.inspection import Layer
+from models.inspection import Inspected
 from utils.reports.figures import Artist, Axes, Figure, render
 
 SAMPLE = 20_000  # points of a scatter; more hide each other
@@ -16,7 +16,7 @@ AXIS_NAMES = 25  # layers that an axis has room to name
 NAMES = ("weights.png", "gates.png")
 
 
-def draw(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str) -> dict[str, bytes]:
+def draw(layers: Sequence[Inspected], fresh: Sequence[np.ndarray | None], title: str) -> dict[str, bytes]:
     """The pictures NAMES as PNG files, without gates.png where no layer has gates.
 
     Args:
@@ -30,7 +30,7 @@ def draw(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str
     return {name: render(figure) for name, figure in figures.items()}
 
 
-def draw_gates(layers: Sequence[Layer], fresh: Sequence[np.ndarray | None], title: str) -> Figure:
+def draw_gates(layers: Sequence[Inspected], fresh: Sequence[np.ndarray | None], title: str) -> Figure:
     """The gates of each layer, and the spread of the gates, of the constants in them, and of what the weights add."""
     layers = [layer for layer in layers if layer.gates is not None]
     fresh = [gates for gates in fresh if gates is not None]
@@ -79,7 +79,7 @@ def draw_boxes(axes: Axes, values: Sequence[np.ndarray], places: np.ndarray, wid
     return axes.bxp(boxes, positions=places, widths=width, **shown, **style)["boxes"][0]
 
 
-def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
+def draw_weights(layers: Sequence[Inspected], title: str) -> Figure:
     """Excited against raw weights of three layers, the curve of the map, its gradient gain, and the gain by depth."""
     mapped = layers[0].gain is not None
     figure = Figure(figsize=(10, 6 if mapped else 3.2), layout="constrained")
@@ -100,7 +100,7 @@ def draw_weights(layers: Sequence[Layer], title: str) -> Figure:
     return figure
 
 
-def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Layer], chosen: Sequence[Layer]) -> None:
+def draw_map(curve: Axes, gain: Axes, depth: Axes, layers: Sequence[Inspected], chosen: Sequence[Inspected]) -> None:
     """The map; its gradient gain over the weights that enter it; and the gain that each layer's weights have."""
     curve.plot((-1, 1), (-1, 1), color="0.5", linestyle="--", label="w / M")
     shares = gain.twinx()

@@ -10,7 +10,7 @@ from utils.images.data import VAL, Data
 from utils.images.workers import Batch
 from utils.machine import distributed, torchrun
 
-COLUMNS = ("path", "class", "guess", "probability of the guess", "rank of the class")
+HEADER = ("path", "class", "guess", "probability of the guess", "rank of the class")
 MOST_CLASSES = 20  # of which each one's accuracy is printed
 WORST = 5  # that are, of more
 
@@ -55,7 +55,7 @@ class Predictions:
         for label, top1 in accuracy.items():
             print(f"  {classes[label]}: top-1 {top1:.2f} over {len(hits[label])} images")
         table = csv.writer(stream := io.StringIO(), "excel-tab", lineterminator="\n")
-        table.writerow(COLUMNS)
+        table.writerow(HEADER)
         for index, target, guess, probability, rank in rows:
             path = self.data.images[VAL].path(index)
             table.writerow([path, classes[target], classes[guess], f"{probability:.4f}", rank])

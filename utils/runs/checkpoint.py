@@ -41,7 +41,7 @@ from utils.network.random_state import set_random_state
 from utils.reports.logger import COLUMNS, OLD_COLUMNS
 from utils.reports.meters import Sums
 from utils.runs.other_trainers import of_another_trainer
-from utils.runs.reading import NotWhole, Opaque, are_finite, damaged, is_a, is_finite, needs_code, read
+from utils.runs.reading import NotWhole, Opaque, are_finite, damaged, is_a, is_finite, needs_code, read_file
 
 FORMAT = 1
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -117,7 +117,7 @@ def load(file: Path) -> dict:
     Raises:
         BadInput: it can't be read, or holds something else; NotWhole where that is damage.
     """
-    checkpoint = read(file)
+    checkpoint = read_file(file)
     if isinstance(checkpoint, Opaque):
         raise needs_code(file, checkpoint.name)
     if not isinstance(checkpoint, dict):
@@ -173,7 +173,7 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
     return [key for key, is_usable in usable.items() if not is_usable]
 
 
-def describe(saved: dict, epochs: int, steps: int) -> str:
+def describe_resumption(saved: dict, epochs: int, steps: int) -> str:
     """Where a run goes on, of so many epochs of so many steps, and what was not in its checkpoint."""
     file, missing = saved["file"], saved["missing"]
     if missing:

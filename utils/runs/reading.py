@@ -72,7 +72,7 @@ ANY_MODEL = (
 )
 
 
-def read(file: Path) -> object:
+def read_file(file: Path) -> object:
     """What a file of torch.save or of safetensors holds, on the CPU.
 
     Objects of classes that torch doesn't read safely are :class:`Opaque`; NumPy's scalars are plain numbers.

@@ -142,7 +142,7 @@ class RunFolder:
                     stale.unlink(missing_ok=True)
             self.resumed = self.folder / LAST
 
-    def describe_stop(self, number: int, place: str) -> int:
+    def report_stop(self, number: int, place: str) -> int:
         """Say how to go on with a run that a signal has ended at some place; returns the exit status."""
         name = signal.Signals(number).name
         if self.failure:
@@ -151,7 +151,7 @@ class RunFolder:
         print(f"  {torchrun.shell_command([f'--resume={self.folder}'])}")
         return 128 + number
 
-    def describe_end(self, best_acc: float, is_demo: bool) -> int:
+    def report_end(self, best_acc: float, is_demo: bool) -> int:
         """Say what came of a run; returns the exit status."""
         if self.failure:
             raise RunFailed(f"{self.failure}: the run has ended, and this is not saved")

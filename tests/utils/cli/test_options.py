@@ -76,7 +76,7 @@ def test_weights_of_another_trainer_are_trained_from_the_epoch_that_is_named(tmp
     torch.save({"fc.weight": torch.ones(2, 3)}, file)
     words = ["-d", "x", "-c", str(tmp_path), "--resume", str(file)]
     for more, epoch in (([], 0), (["--start-epoch", "7"], 7)):
-        noted = shlex.split(options.command(resolve(*words, *more)))
+        noted = shlex.split(options.full_command(resolve(*words, *more)))
         assert ("--start-epoch=7" in noted) is (epoch == 7)
         _, saved, _ = options.resolve(imagenet.build_parser(), words + more)
         assert saved["epoch"] == epoch
@@ -108,10 +108,10 @@ def test_what_the_processes_of_a_run_may_have_of_their_own():
 def test_the_noted_command_can_be_given(images, run):
     """A run by --cosine, and a resumed one that began with pretrained weights."""
     args = resolve("--data", str(images), "--cosine", "-c", str(run / "new"), "--start-epoch", "3")
-    words = shlex.split(options.command(args))[2:]
+    words = shlex.split(options.full_command(args))[2:]
     assert resolve(*words) == args
     args = resolve("--data", str(images), "--schedule", "20", "40", "-c", str(run / "new"))
-    assert resolve(*shlex.split(options.command(args))[2:]) == args
+    assert resolve(*shlex.split(options.full_command(args))[2:]) == args
     args = resolve("--resume", str(run), "--epochs", "3")
     args.pretrained = True
-    assert resolve(*shlex.split(options.command(args))[2:]).resume == str(run)
+    assert resolve(*shlex.split(options.full_command(args))[2:]).resume == str(run)

@@ -82,9 +82,9 @@ def test_a_worker_that_can_not_be_started(images, monkeypatch):
         start(process)
 
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", failing)
-    parts = {"val": Samples(ImageFolder(images / "val"), 32)}
+    splits = {"val": Samples(ImageFolder(images / "val"), 32)}
     message = r"can't start 2 processes that load images .*: lower --workers"
     with pytest.raises(RunFailed, match=message), Workers(2, is_gpu=False) as workers:
-        workers.load(parts, iter([[("val", 0, 0)]]))
+        workers.load(splits, iter([[("val", 0, 0)]]))
     calls[0].join(PATIENCE)
     assert calls[0].exitcode == -signal.SIGKILL

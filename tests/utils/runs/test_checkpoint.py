@@ -29,7 +29,7 @@ from utils.errors import BadInput, RunFailed
 from utils.network.optimizers import load_optimizer
 from utils.runs import checkpoint
 from utils.runs.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize, versions
-from utils.runs.reading import read
+from utils.runs.reading import read_file
 from utils.runs.weights import initialize, load_weights
 from utils.words import shortest
 
@@ -231,7 +231,8 @@ def test_the_best_top1_of_others(tmp_path, key, value, expected):
     saved = load(tmp_path / "file")
     assert saved["best_acc"] == (-1 if expected is None else expected)
     assert ("best top-1" in saved["missing"]) == (expected is None)
-    assert ("best top-1\nNot in it" in checkpoint.describe(saved, epochs=3, steps=5)) == (expected is not None)
+    text = checkpoint.describe_resumption(saved, epochs=3, steps=5)
+    assert ("best top-1\nNot in it" in text) == (expected is not None)
 
 
 def test_a_number_of_numpy_1(tmp_path):
@@ -239,7 +240,7 @@ def test_a_number_of_numpy_1(tmp_path):
     data = (tmp_path / "file").read_bytes()
     assert b"numpy._core.multiarray\n" in data
     (tmp_path / "file").write_bytes(data.replace(b"numpy._core.multiarray\n", b"numpy.core.multiarray\n"))
-    assert read(tmp_path / "file")["n"] == 2.0
+    assert read_file(tmp_path / "file")["n"] == 2.0
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

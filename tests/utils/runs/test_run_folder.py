@@ -147,13 +147,13 @@ def test_what_could_not_be_written_is_told_and_written_by_the_next_save(tmp_path
         assert f"\n{run.failure}; the next save tries again\n" in capsys.readouterr().err
         assert run.failure.startswith(f"can't write {tmp_path / name}: ")
         with pytest.raises(RunFailed, match="can't write"):
-            run.describe_end(50.0, is_demo=False)
+            run.report_end(50.0, is_demo=False)
         with pytest.raises(RunFailed, match="stopped by SIGTERM, and can't write"):
-            run.describe_stop(15, "epoch 1")
+            run.report_stop(15, "epoch 1")
         (tmp_path / name / "in the way").rmdir()
         (tmp_path / name).rmdir()
         run.write({LAST: serialize(tiny_checkpoint(2))})
-        assert (run.describe_end(50.0, is_demo=False), run.describe_stop(15, "epoch 1")) == (0, 143)
+        assert (run.report_end(50.0, is_demo=False), run.report_stop(15, "epoch 1")) == (0, 143)
     assert epochs(tmp_path, BEST, LAST) == [1, 2]
     assert (tmp_path / LOG).read_bytes() == b"1"
 
