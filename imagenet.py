@@ -27,12 +27,11 @@ from utils.cli.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABIL
 from utils.cli.script import run_script
 from utils.errors import NotFinite, RunFailed
 from utils.images.data import Data, image_folders
-from utils.images.samples import Source
-from utils.images.workers import Batch
+from utils.images.samples import Batch, Source
 from utils.machine import distributed, torchrun
 from utils.machine.devices import describe_devices, open_devices, peak_memory
 from utils.machine.signals import Stop, Stopped
-from utils.network.classifier import Classifier, classify
+from utils.network.forward import Uint8Model, classify
 from utils.network.optimizers import build_average, build_optimizer, load_optimizer, step_if
 from utils.network.parallel import over_devices, parallelize, reduce_if, share_buffers, smallest_part
 from utils.network.random_state import random_state, seed_dropout, undone_if_stopped
@@ -41,10 +40,11 @@ from utils.reports.meters import Measured, Progress, Scores, Sums, Transfer
 from utils.reports.predictions import Predictions
 from utils.runs import checkpoint
 from utils.runs.run_folder import RunFolder
-from utils.runs.weights import initialize, load_weights
+from utils.runs.weights import load_initial_weights, load_weights
 from utils.words import counted
 
-KEYWORD, FIXED, ORDER, BEGINNING, ONCE, OUTPUT, OWN, PLACE, MACHINE = Kind
+KEYWORD, FIXED, ORDER, BEGINNING = Kind.KEYWORD, Kind.FIXED, Kind.ORDER, Kind.BEGINNING
+ONCE, OUTPUT, OWN, PLACE, MACHINE = Kind.ONCE, Kind.OUTPUT, Kind.OWN, Kind.PLACE, Kind.MACHINE
 NETWORK, WRITES = KEYWORD | FIXED, ONCE | OUTPUT
 
 
@@ -83,7 +83,7 @@ def build_parser() -> Parser:
     add("--lr", "--learning-rate", **FACTOR, default=0.1, help="of SGD, try 0.1 x images of a step / 256 [0.1]")
     add("--schedule", **EPOCHS, default=[30, 60], help="epochs after which the rate drops [30 60]")
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
-    add("--cosine", **SWITCH, default=False, help="let the rate fall by half a cosine, in place of --schedule [no]")
+    add("--cosine", **SWITCH, default=False, help="cosine decay of the rate to 0, in place of --schedule [no]")
     add("--warmup", **FACTOR, default=0.0, help="epochs over which the rate rises to --lr, step by step [%(default)s]")
     add("--optimizer", kind=FIXED, choices=("sgd", "adamw"), default="sgd", help="[%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD; AdamW's first beta [%(default)s]")
@@ -115,7 +115,7 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str], source: Source = image_folders) -> int:
-    """One command, whose steps follow in their order; returns the exit status. The source gives the images."""
+    """Run one command, whose images ``source`` gives; returns the exit status."""
     args, saved, init = options.resolve(build_parser(), argv)
     if args.export or args.visualize:
         if torchrun.RANK == 0:
@@ -163,7 +163,7 @@ def main(argv: list[str], source: Source = image_folders) -> int:
 
 
 def create_model(args: Options, classes: list[str], saved: dict | None) -> nn.Module:
-    """The network on the CPU with its first weights: of the checkpoint, torchvision's, or random ones."""
+    """Build the network on the CPU, with the checkpoint's weights, torchvision's, or random ones."""
     pretrained = args.pretrained and saved is None
     torch.manual_seed(args.seed)
     with options.refusing_network(args):
@@ -171,14 +171,14 @@ def create_model(args: Options, classes: list[str], saved: dict | None) -> nn.Mo
             models.check_pretrained_classes(args.arch, len(classes))
         model = models.create(args.arch, num_classes=len(classes), pretrained=pretrained, **args.of(KEYWORD))
     if args.init:
-        initialize(model, saved, classes, models.find_classifier(model)[0])
+        load_initial_weights(model, saved, classes, models.find_classifier(model)[0])
     elif saved:
         load_weights(model, saved)
     return model
 
 
 def build_model(args: Options, data: Data, devices: list[torch.device], saved: dict | None) -> nn.Module:
-    """That network on the first device, once it is sure to take images of this size."""
+    """Build that network on the first device, after checking that it takes images of this size."""
     model = create_model(args, data.classes, saved)
     with options.refusing_network(args):
         models.check_input(model, smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
@@ -190,25 +190,25 @@ def build_model(args: Options, data: Data, devices: list[torch.device], saved: d
 
 
 class Run:
-    """What a checkpoint holds, and a resumed run goes on from."""
+    """The state of a training run, which a checkpoint holds."""
 
     def __init__(self, args: Options, model: nn.Module, data: Data, devices: list[torch.device]):
         self.args, self.model, self.data, self.devices = args, model, data, devices
         self.average = build_average(args, model)
         if args.compile:
             model.compile()
-        self.network = parallelize(Classifier(model, args.amp, args.channels_last), devices)
+        self.network = parallelize(Uint8Model(model, args.amp, args.channels_last), devices)
         self.optimizer = build_optimizer(args, model)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
         self.epoch, self.step = args.start_epoch, 0  # epochs finished; optimizer steps done in the current one
         self.acc = self.best_acc = -1.0  # validation top-1 in percent; -1 before the first one
         self.scores = Scores(classes=len(data.classes))  # of the unfinished epoch
-        self.unread = deque()  # what the last steps measured, and is not in the scores yet
+        self.unread = deque()  # measurements of the last steps, which are not in the scores yet
         self.is_stopping = False  # whether any process had a signal at the last step that was read
 
     def collect(self, behind: int = 0) -> None:
-        """Add to the scores what the steps measured, but for so many of the last ones.
+        """Add the measurements of the steps to the scores, except those of the last ``behind`` ones.
 
         Raises:
             NotFinite: a loss or a gradient is not finite; that step, and those after it, didn't touch the weights.
@@ -218,7 +218,7 @@ class Run:
             sums, norm, scale, stopping = Measured.of(values.wait())
             self.is_stopping |= stopping > 0
             loss, is_finite = sums.loss / sums.images, math.isfinite(norm)
-            # In fp16, gradients may overflow until the scaler lowers its scale, but not at a scale below this.
+            # In fp16, gradients may overflow until the scaler has lowered its scale, but not below this scale.
             may_overflow = self.scaler.is_enabled() and scale >= 2**-10
             if not math.isfinite(loss) or not (is_finite or may_overflow):
                 place = f"Epoch {self.epoch + 1}/{self.args.epochs}, step {step + 1}, learning rate {lr:g}"
@@ -249,7 +249,7 @@ class Run:
         }
 
     def restore(self, saved: dict) -> None:
-        """Go on from a checkpoint, whose weights the model already has."""
+        """Restore all but the model's weights from a checkpoint; build_model() has loaded those."""
         self.epoch, self.step = saved["epoch"], saved["step"]
         self.acc, self.best_acc = saved["acc"], saved["best_acc"]
         self.scores, self.log.rows = Scores(saved["sums"], len(self.data.classes), saved["seconds"]), saved["log"]
@@ -268,12 +268,12 @@ class Run:
         is_other = saved["val_images"] not in ("", self.data.digests["val"]) or size != self.args.image_size
         if is_other and self.best_acc >= 0:
             best = f"{self.best_acc:.2f} %"
-            print(f"Its best top-1, {best}, is of other validation images or sizes: the best begins anew")
+            print(f"Its best top-1, {best}, is of other validation images or sizes: it is reset")
             self.best_acc = -1.0
 
     def leave(self) -> None:
         """Destroy the process group, after the last step."""
-        # Held by DistributedDataParallel, a process group ends only after leaving, where it may hang in torch 2.8.
+        # While DistributedDataParallel holds it, the process group outlives leave(), and may then hang in torch 2.8.
         del self.network
         distributed.leave()
 
@@ -299,7 +299,7 @@ def train(run: Run, folder: RunFolder, stop: Stop) -> None:
 
 
 def learning_rate(args: Options, epoch: int, step: int, steps: int) -> float:
-    """The rate of a step of an epoch's ``steps``: a function of its place, so that resuming can't lose a drop.
+    """The learning rate of a step; an epoch has ``steps``. It has no state, so that resuming can't lose a drop.
 
     A line up to lr in the warm-up (arXiv 1706.02677); then lr * gamma^(milestones passed), or half a cosine to 0.
     """
@@ -333,7 +333,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     # The weights are excited here, once for all micro-batches. A signal that ends the wait for one raises Stopped.
     with undone_if_stopped(run.model, args.iter_size), excited_once(network):
         for index, batch in enumerate(micro_batches, 1):
-            # Gradients are reduced once: in the last backward pass or, for excited weights, in the excitation's.
+            # DDP reduces gradients once: in the last backward pass or, for excited weights, when excited_once() ends.
             with reduce_if(index == args.iter_size, network):
                 loss, batch_sum, _ = classify(network, batch, run.devices[0], args.label_smoothing)
                 scaler.scale(loss / args.iter_size).backward()
@@ -345,7 +345,7 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     others = torch.stack([norm, scale, stopping]).double() / torchrun.PROCESSES  # so that a total is their mean
     values = distributed.total(torch.cat([sums, others]))
     run.unread.append((run.step, run.optimizer.param_groups[0]["lr"], Transfer(values)))
-    run.collect(behind=1 if values.is_cuda else 0)  # on a GPU, a step late, so that nobody waits for it
+    run.collect(behind=1 if values.is_cuda else 0)  # on a GPU one step late, so as not to wait for this step
     measured = Measured.of(values)
     step_if(run.optimizer, (measured.sums.loss + measured.norm).isfinite())
     scaler.update()
@@ -359,19 +359,19 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
 def validate(
     model: nn.Module, data: Data, devices: list[torch.device], stop: Stop, predictions: Predictions | None = None
 ) -> Scores:
-    """Scores over all validation images, on folded weights: excited once, and then plain convolutions."""
+    """The scores over all validation images, by the folded network, whose convolutions are plain."""
     args = data.args
     share_buffers(model)
     folded = fold(model).eval()
     if args.compile:
         folded.compile()
-    network = over_devices(Classifier(folded, args.amp, args.channels_last), devices, is_fixed=True)
+    network = over_devices(Uint8Model(folded, args.amp, args.channels_last), devices, is_fixed=True)
     sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=devices[0])
     stopping = torch.zeros(1, dtype=torch.float64, device=devices[0])
     shown, transfer = Scores(classes=len(data.classes)), None
     progress = Progress("Validate", data.val_batches, args.test_batch, data, shown)
     for batch in progress.track(data.validation()):
-        if stop.is_requested:  # the others learn of it by the sums
+        if stop.is_requested:  # the reduction below tells the other processes
             stopping += 1
             break
         if len(batch.images) > 0:

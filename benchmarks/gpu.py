@@ -45,12 +45,13 @@ from models.layers import ExcitedConv, excited_once
 from utils.cli.arguments import Parser, number
 from utils.cli.script import run_script
 from utils.errors import BadInput
-from utils.images.data import MEAN, STD, Data
-from utils.images.workers import PREFETCHED, Batch
+from utils.images.data import Data
+from utils.images.samples import Batch
+from utils.images.workers import PREFETCHED
 from utils.machine import distributed
 from utils.machine.devices import cores
 from utils.machine.signals import Stop
-from utils.network.classifier import Classifier, classify
+from utils.network.forward import MEAN, STD, Uint8Model, classify
 from utils.network.parallel import over_devices
 
 IS_GPU = torch.cuda.is_available()
@@ -148,7 +149,7 @@ def loss_of(model: nn.Module, options: str) -> float:
 def replica_types(model: nn.Module, amp: str) -> list[torch.dtype]:
     """Of the outputs of norms and classifier, over two devices."""
     seen = []
-    network = Classifier(copy.deepcopy(model).to(DEVICE), amp, channels_last=False)
+    network = Uint8Model(copy.deepcopy(model).to(DEVICE), amp, channels_last=False)
     for module in network.modules():
         if isinstance(module, nn.GroupNorm) or module is network.model.fc:
             module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

@@ -22,9 +22,9 @@ from torchvision.io import decode_jpeg, read_file
 from benchmarks.measure import markdown, median, ratio, rounds
 from utils.cli.arguments import Parser, number
 from utils.cli.script import run_script
-from utils.images.data import MEAN, STD
 from utils.images.folders import ImageFolder
 from utils.images.samples import Samples
+from utils.network.forward import MEAN, STD
 
 IMAGES = 256
 SIZE = 224

@@ -1,4 +1,4 @@
-"""create(): the one door to the l_* networks and to torchvision's classification architectures."""
+"""create() builds the l_* networks and torchvision's classifiers by name."""
 
 import torch
 import torchvision

@@ -223,7 +223,7 @@ class Settings:
             raise ValueError(f"formulation {self.formulation!r}: both halves are of one kind, not a gate and a map")
 
     def halves(self) -> dict[str, Half]:
-        """Those that the excitation names, by their letters."""
+        """The halves that the excitation switches on, by name: "mwe", "lwe"."""
         halves = FORMULATIONS[self.formulation]
         return {letters: half for letters, half in halves.items() if self.excitation in ("we", letters)}
 

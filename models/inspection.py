@@ -12,7 +12,7 @@ from .layers import Conv2d
 
 
 class Inspected(NamedTuple):
-    """An excited convolution's weights on their way, float32 arrays.
+    """An excited convolution's weights at each stage of excitation, as float32 arrays.
 
     Attributes:
         name: of the module.

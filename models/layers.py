@@ -167,7 +167,7 @@ PLAIN = tuple(KINDS)
 def _excite(weight: Tensor, settings: Settings, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
     with full_precision(weight):
-        # Compilers and functorch can't see into the fused form; the former fuses the plain one by itself.
+        # torch.compile and functorch can't trace the fused form; torch.compile fuses the plain one itself.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             raw, gates = _raw(weight), functools.partial(fused.plain_gates, settings, gate)
             return _like(weight, excitation.excite_weight(raw, settings, gates))
@@ -175,7 +175,7 @@ def _excite(weight: Tensor, settings: Settings, *gate: Tensor) -> Tensor:
 
 
 def _raw(weight: Tensor) -> Tensor:
-    """The weight as it is excited: in at least float32, and of two dimensions beside the channels."""
+    """The weight as excitation takes it: in at least float32, and with two spatial dimensions."""
     return in_4d(weight.to(torch.promote_types(weight.dtype, torch.float32)))
 
 
@@ -252,7 +252,8 @@ def before_normalization(model: nn.Module) -> set[_ConvNd]:
         if isinstance(module, PLAIN):
             last = module
         elif isinstance(module, NORM_TYPES) or type(module).__name__.endswith(NORM_NAMES):
-            found |= {last} - {None}
+            if last is not None:
+                found.add(last)
             last = None
         elif isinstance(module, nn.Linear | _ConvNd):
             last = None
@@ -340,7 +341,7 @@ def _own_tensors(conv: ExcitedConv) -> list[Tensor]:
     layer = conv.layer()
     if layer.is_known():
         return layer.tensors()
-    return [conv.weight, *(() if conv.gate is None else conv.gate.parameters())]
+    return [conv.weight] if conv.gate is None else [conv.weight, *conv.gate.parameters()]
 
 
 def _excited_weights(convs: list[ExcitedConv]) -> list[Tensor]:
@@ -429,7 +430,7 @@ def _refuse_backward(grad: Tensor) -> None:
 
 @contextlib.contextmanager
 def sent_excited(model: nn.Module) -> Iterator[None]:
-    """For what copies a model to other devices inside excited_once(): the excited weights go, and not the raw ones."""
+    """Inside excited_once(), copy a model to other devices with its excited weights in place of the raw ones."""
     convs = [module for module in model.modules() if isinstance(module, ExcitedConv) and module.excited is not None]
     raw = [conv.weight for conv in convs]
     try:

@@ -10,7 +10,7 @@ import imagenet
 import models
 from tests.helpers import register_tiny
 from utils.cli.script import run_script
-from utils.images.workers import Batch
+from utils.images.samples import Batch
 from utils.machine.signals import Stop, Stopped
 
 RANK = os.environ["RANK"]

@@ -17,7 +17,7 @@ def test_fine_tuning_on_other_classes(command, run, tmp_path):
     result = command("--init", run, "-d", others, "-c", new, *SIZES, "--epochs", 1, "--lr", 0)
     assert (result.status, result.err) == (0, "")
     assert f"Beginning with the weights of {run / BEST}\n" in result.out
-    assert "The classifier fc is made anew" in result.out
+    assert "The classifier fc is new" in result.out
     saved = checkpoint(new)
     assert (saved["epoch"], saved["arch"], saved["classes"]) == (1, "l_tiny", ["checks", "disc", "grid"])
     assert saved["state_dict"]["fc.weight"].shape == (3, 64)
@@ -36,17 +36,17 @@ def test_an_export_begins_a_training_as_the_run_ended(command, finished, images,
     assert command("--resume", finished, "--export", file).status == 0
     result = command(*EXCITED, *words, "-d", images, "--init", file, "-c", tmp_path / "new")
     assert result.status == 0
-    assert "anew" not in result.out
+    assert "is new" not in result.out
     row, old = read_log(tmp_path / "new" / "log.txt")[0], read_log(finished / "log.txt")[-1]
     assert row["Valid Loss"] == pytest.approx(old["Valid Loss"], rel=1e-4)
 
 
 REFUSED = {
-    "--resume x": "goes without --resume",
-    "--export x": "goes without --export",
-    "--visualize x": "goes without --visualize",
-    "--pretrained": "goes without --pretrained",
-    "-e": "goes without --evaluate",
+    "--resume x": "can't be combined with --resume",
+    "--export x": "can't be combined with --export",
+    "--visualize x": "can't be combined with --visualize",
+    "--pretrained": "can't be combined with --pretrained",
+    "-e": "can't be combined with --evaluate",
     "-a l_resnet18": "doesn't fit the architecture: it lacks layer1.1.conv1.weight",
     "--init nowhere": "there is no checkpoint nowhere",
 }

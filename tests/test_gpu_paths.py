@@ -25,7 +25,7 @@ from tests.helpers import EXCITED, PATIENCE, SIZES, SMALL, assert_same_run, chec
 from utils.cli.script import run_script
 from utils.errors import BadInput, NotFinite
 from utils.images.data import Data
-from utils.images.workers import Batch
+from utils.images.samples import Batch
 from utils.machine import distributed, torchrun
 from utils.machine.devices import check_works, choose_devices, open_devices, peak_memory
 from utils.machine.signals import ENDING, Stop
@@ -149,7 +149,7 @@ def test_a_driver_that_does_not_work_is_refused(monkeypatch, action):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter(action)
-        with pytest.raises(BadInput, match=r"\ACUDA doesn't work here: .*the driver is too old; mend it, [^\n]+\Z"):
+        with pytest.raises(BadInput, match=r"\ACUDA doesn't work here: .*the driver is too old; fix it, [^\n]+\Z"):
             choose_devices("0")
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert choose_devices("0") == [torch.device("cpu")]

@@ -45,7 +45,7 @@ def test_a_run_and_its_evaluation(command, images, tmp_path, monkeypatch):
         "No GPU here: running on the CPU" if not torch.cuda.is_available() else "GPU 0",
         "l_tiny: 85,390 parameters, 1,740 of them in gates",
         "4 images (--train-batch 4 x --iter-size 1); 3 steps an epoch",
-        "make no whole step and wait for another epoch: 1",
+        "Images left out of each epoch, as they don't fill a step: 1",
         "Epoch 1/3 2/3  ETA ",  # a line of progress, where there is no terminal
         "Epoch 1/3  lr 0.002 ",
         "Epoch 3/3  lr 2e-05 ",
@@ -242,9 +242,9 @@ BAD_COMBINATIONS = {
     "-e --pretrained -a shufflenet_v2_x0_5": "--pretrained",
     "-e --pretrained -a shufflenet_v2_x0_5 --excitation we": "--excitation",
     "--export a.pth": "--export: it needs --resume RUN",
-    "--export a.pth -e": "--export: it goes without --evaluate",
+    "--export a.pth -e": "--export: it can't be combined with --evaluate",
     "--visualize a": "--visualize: it needs --resume RUN",
-    "--visualize a --export b": "--visualize: it goes without --export",
+    "--visualize a --export b": "--visualize: it can't be combined with --export",
 }
 PAIRS = shlex.split(BAD_VALUES)
 BAD_FLAGS = {f"{flag} '{value}'": flag for flag, value in zip(PAIRS[::2], PAIRS[1::2], strict=True)} | BAD_COMBINATIONS

@@ -12,8 +12,8 @@ import models
 from models.layers import fold
 from tests.helpers import checkpoint
 from utils.images.pixels import decode, read_bytes, resized_center_crop
-from utils.images.workers import Batch
-from utils.network.classifier import normalize
+from utils.images.samples import Batch
+from utils.network.forward import normalize
 from utils.reports.predictions import Predictions
 
 COLUMNS = ["path", "class", "guess", "probability of the guess", "rank of the class"]

@@ -14,8 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import imagenet
 import models
 from tests.helpers import EXCITED, checkpoint
-from utils.images.workers import Batch
-from utils.network.classifier import classify
+from utils.images.samples import Batch
+from utils.network.forward import classify
 from utils.reports.logger import read_log
 from utils.runs.checkpoint import LAST
 
@@ -77,7 +77,7 @@ def test_the_rate_of_each_step_across_a_resumption(command, images, tmp_path, ra
 
 def test_schedules_that_are_refused(command, images):
     words = [*EXCITED, "-d", images, "--epochs", 3]
-    assert "--schedule: --cosine goes without" in command(*words, "--cosine", "--schedule", 1).err
+    assert "--schedule: it can't be combined with --cosine" in command(*words, "--cosine", "--schedule", 1).err
     assert "--warmup 3.0: nothing is left of --epochs 3" in command(*words, "--warmup", 3).err
 
 

@@ -311,9 +311,9 @@ def test_what_is_told_of_options_that_change(command, images, tmp_path, stop_aft
 
 
 def test_a_best_is_of_the_images_that_a_run_validates_on(command, images, run, tmp_path):
-    """Of others, or of another size, it begins anew; other training images between two epochs are told alone."""
+    """Of others, or of another size, it is reset; other training images between two epochs are told alone."""
     torch.save(checkpoint(run) | {"best_acc": 100.0}, run / LAST)
-    told = "Its best top-1, 100.00 %, is of other validation images or sizes: the best begins anew\n"
+    told = "Its best top-1, 100.00 %, is of other validation images or sizes: it is reset\n"
 
     def best_of(change: Callable[[Path], object] | None, *words) -> tuple[str, float]:
         folder, place = copy_folder(images, tmp_path / f"{len(os.listdir(tmp_path))}"), tmp_path / "branch"

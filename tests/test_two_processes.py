@@ -20,7 +20,7 @@ from benchmarks.gpu import run_of
 from models.layers import Conv2d
 from tests.helpers import BATCH_NORM, EXCITED, assert_close, checkpoint, copy_folder, run_command
 from utils.errors import BadInput
-from utils.images.workers import Batch
+from utils.images.samples import Batch
 from utils.machine import distributed, torchrun
 from utils.machine.devices import default_workers
 from utils.machine.signals import Stop

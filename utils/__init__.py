@@ -1,1 +1,1 @@
-"""What the trainer needs besides the models: one file for each concern."""
+"""What the trainer needs besides the models: a folder for each concern, which uses those below it alone."""

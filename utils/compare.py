@@ -35,7 +35,7 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 class LoggedRun(NamedTuple):
-    """A run's log, and {option: as it is typed} of those that it doesn't share with all others; None: not known."""
+    """A run's log, and its options, {name: as typed}, without those that all runs share; None: not known."""
 
     rows: Rows
     options: dict[str, str] | None
@@ -82,7 +82,7 @@ def read_runs(folders: list[str]) -> dict[str, LoggedRun]:
 
 
 def read_options(folder: Path) -> dict[str, str] | None:
-    """{option: as it is typed} by a run's command.txt: of its commands, the last that names it; None without one.
+    """A run's options, {name: as typed}, from its command.txt, where later commands win; None without one.
 
     An option that an older run doesn't name had its default.
     """
@@ -117,7 +117,7 @@ def by_option(words: Iterable[str]) -> dict[str, str]:
 
 
 def join_seeds(runs: dict[str, LoggedRun]) -> dict[str, list[Rows]]:
-    """The logs of each setting, with the epochs that its runs share: of runs that differ in their seeds alone."""
+    """Group the runs that differ only in their seeds: the logs of each setting, at the epochs that all of them have."""
     groups: dict[str, dict[str, Rows]] = {}
     for name, run in runs.items():
         same = name if run.options is None else ", ".join(run.options[key] for key in run.options if key != "seed")
@@ -153,10 +153,10 @@ def compare_curves(settings: dict[str, list[Rows]]) -> Figure:
     labels = [textwrap.fill(name, 110) for name in settings]
     lines = sum(label.count("\n") + 1 for label in labels) / columns
     figure = Figure(figsize=(10, 4.5 + 0.25 * math.ceil(lines)), layout="constrained")
-    band = "; of several runs their mean, and a band from the lowest to the highest"
-    figure.suptitle(
-        "Training (dashed) and validation (solid)" + band * any(len(logs) > 1 for logs in settings.values())
-    )
+    title = "Training (dashed) and validation (solid)"
+    if any(len(logs) > 1 for logs in settings.values()):
+        title += "; of several runs their mean, and a band from the lowest to the highest"
+    figure.suptitle(title)
     # Each a shade of its own in grayscale as well; the marker tells those apart that are close.
     shades = colormaps["viridis"](np.linspace(0, 0.85, len(settings)))
     styles = [{"color": shade, "marker": mark} for shade, mark in zip(shades, itertools.cycle("osv^D*"))]

@@ -1,8 +1,8 @@
-"""The ways in which a command fails, each with the exit status that it ends with."""
+"""The ways in which a command fails, each with its exit status."""
 
 
 class BadInput(ValueError):
-    """An argument or a file can't be used; the message names it and says what to do."""
+    """An argument or a file can't be used; the message names it, and says what to do."""
 
     status = 2
 
@@ -17,4 +17,4 @@ class NotFinite(RunFailed):
     """A loss, a gradient or a weight is nan or infinite; the message says where."""
 
     def __init__(self, text: str):
-        super().__init__(f"{text}; the last checkpoint, if there is one, stands: start from there with a lower --lr")
+        super().__init__(f"{text}; the last checkpoint, if there is one, is intact: start from there with a lower --lr")

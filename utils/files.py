@@ -1,4 +1,4 @@
-"""Writing files that are whole or not there at all, and that replace nothing unasked."""
+"""Write files atomically, and overwrite nothing unasked."""
 
 import contextlib
 import os

@@ -9,8 +9,8 @@ for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.open(os.devnull, os.O_RDWR)
         setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
-# A thread that spins at a barrier keeps the core that the thread which it waits for needs, on a busy machine. This is
-# a hundredth of what OpenMP's library takes by itself, and costs an idle machine next to nothing.
+# On a busy machine, a thread that spins at a barrier takes the core from the thread that it waits for. This is a
+# hundredth of GNU OpenMP's default, and costs an idle machine next to nothing.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -25,8 +25,8 @@ def shortest(program: Path) -> str:
 def wrapped(text: str, columns: int) -> str:
     """Break lines that are too long between words, as a terminal breaks them anywhere.
 
-    One that begins with two blanks is a command: it goes on behind a backslash, as a shell reads it. What moves the
-    cursor, such as a bar, is left as it is.
+    A line that begins with two blanks is a command: it is continued with backslashes. Text that moves the cursor, such
+    as a progress bar, is left as it is.
     """
     if "\r" in text or "\x1b" in text:
         return text

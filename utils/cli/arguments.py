@@ -51,17 +51,17 @@ ELSEWHERE = {
 
 
 class Kind(Flag):
-    """What an option is, beside a setting of the run; it is given where the option is added to the parser."""
+    """What is special about an option; one without any kind is a plain setting of the run."""
 
     KEYWORD = auto()  # of models.create()
     FIXED = auto()  # a run can't change it
-    ORDER = auto()  # nor can it be changed in the middle of an epoch, whose shuffle and steps must go on
+    ORDER = auto()  # can't change within an epoch, whose shuffle and steps it defines
     BEGINNING = auto()  # says where a run begins
     ONCE = auto()  # of one command: a run doesn't hand it on to the command that resumes it
     OUTPUT = auto()  # makes the command one that doesn't train
     OWN = auto()  # may differ between the processes of a run
     PLACE = auto()  # says where a run is written, and when
-    MACHINE = auto()  # how a machine computes what is the same
+    MACHINE = auto()  # how it is computed on this machine, and not what
 
 
 SETTING = Kind(0)
@@ -101,7 +101,7 @@ class Parser(argparse.ArgumentParser):
         return [name for name, kinds in self.kinds.items() if kind in kinds]
 
     def group(self, title: str, kind: Kind = SETTING) -> Callable[..., None]:
-        """A function that adds an option to a new group: add_argument, with the ``kind`` where it is another."""
+        """Begin a group; returns its add_argument(), which also takes a ``kind``, by default the group's."""
         group, usual = self.add_argument_group(title), kind
 
         def add(*names: str, kind: Kind = usual, **keywords) -> None:
@@ -173,7 +173,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# The kinds of options: keywords of add_argument().
+# Types of values, as keyword arguments of add_argument().
 COUNT = {"type": number(int, 1, 2**31), "metavar": "N"}
 NATURAL = {"type": number(int, 0, 2**63), "metavar": "N"}
 EPOCHS = {"type": epochs, "nargs": "*", "action": Flat, "metavar": "EPOCH"}

@@ -1,6 +1,6 @@
-"""Where a command's options come from, and every refusal of them.
+"""Resolve a command's options, and check them.
 
-The command's own options go before those of the resumed run, those before the demo's, and those before the defaults.
+Precedence: the command line, then the resumed run, then the demo, then the defaults.
 """
 
 import argparse
@@ -47,17 +47,20 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
     if torchrun.RESTARTS:
         given = of_restart(parser, given, folder_of(defaults | demo | given))
     outputs = parser.named(Kind.OUTPUT)
-    for name in ("resume", "pretrained", *outputs) if "init" in given else ():
-        refuse(given.get(name), f"--init: it begins a training, and goes without {flag(name)}; leave one out")
-    saved, init = (checkpoint.find(given[name], flag(name)) if name in given else None for name in ("resume", "init"))
+    if "init" in given:
+        for name in ("resume", "pretrained", *outputs):
+            refuse(given.get(name), f"--init: it can't be combined with {flag(name)}; leave one out")
+    saved = checkpoint.find(given["resume"], "--resume") if "resume" in given else None
+    init = checkpoint.find(given["init"], "--init") if "init" in given else None
     if saved and saved["options"]:  # what an older run doesn't name, it had by default
         defaulted = {name: value for name, value in defaults.items() if name not in parser.named(Kind.ONCE)}
         saved["options"] = defaulted | saved["options"]
     run = of_checkpoint(parser, saved) if saved else {}
-    for source in (saved if {*outputs} & given.keys() else None, init):
-        if source:
-            take_average(source)
-    if init:  # of the options of its run, if it has them, those that make the network
+    if saved and {*outputs} & given.keys():
+        take_average(saved)
+    if init:
+        take_average(init)
+        # Of the options of its run, if it has them, those that make the network.
         options = of_checkpoint(parser, init, "--init")
         run = {name: options[name] for name in ("arch", *parser.named(Kind.KEYWORD | Kind.FIXED)) if name in options}
     args = Options(parser.kinds, **defaults | demo | run | given)
@@ -75,7 +78,7 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
     if args.workers is None:
         args.workers = default_workers(args.gpu_id)
     check_outputs(args, saved, given)
-    refuse(args.cosine and "schedule" in given, "--schedule: --cosine goes without drops of the rate; leave one out")
+    refuse(args.cosine and "schedule" in given, "--schedule: it can't be combined with --cosine; leave one out")
     is_idle = "formulation" in given and args.excitation is None
     refuse(is_idle, f"--formulation: {args.arch} stays plain without --excitation; add --excitation we")
     check_training(args)
@@ -113,7 +116,7 @@ def typed(args: Options, name: str) -> str:
 
 
 def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict:
-    """The options of the run of a checkpoint, which a flag named; it goes on in the folder of its file.
+    """The options that a checkpoint saved; its folder becomes --checkpoint, so that the run goes on there.
 
     Raises:
         BadInput: one of them couldn't have been given.
@@ -180,10 +183,10 @@ def changes(args: Options, saved: dict) -> str:
 
 
 def check_outputs(args: Options, saved: dict | None, given: dict) -> None:
-    """That the commands that don't train have something to work on, and write over nothing."""
+    """Check that -e, --export and --visualize have weights to work on, and overwrite nothing."""
     outputs = [name for name in ("evaluate", "export", "visualize") if getattr(args, name)]
     if len(outputs) > 1:
-        raise BadInput(f"{flag(outputs[1])}: it goes without {flag(outputs[0])}; leave one out")
+        raise BadInput(f"{flag(outputs[1])}: it can't be combined with {flag(outputs[0])}; leave one out")
     refuse(args.predictions and not args.evaluate, "--predictions: it needs -e, and --resume or --pretrained")
     if args.evaluate:
         has_weights = saved is not None or args.pretrained
@@ -201,12 +204,13 @@ def check_outputs(args: Options, saved: dict | None, given: dict) -> None:
     for name in ("export", "predictions"):
         if getattr(args, name):
             refuse_existing(flag(name), getattr(args, name), args.overwrite)
-    for name in pictures.NAMES if args.visualize else ():
-        refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
+    if args.visualize:
+        for name in pictures.NAMES:
+            refuse_existing("--visualize", os.path.join(args.visualize, name), args.overwrite)
 
 
 def check_training(args: Options) -> None:
-    """That there is something to train on, and as many parts of it as processes."""
+    """Check what training needs: data, epochs, GPUs, and a batch that the processes can share."""
     refuse(args.data is None, "--data: name the folder that holds train/CLASS/ and val/CLASS/, or try --demo")
     ended = args.start_epoch >= args.epochs
     refuse(ended, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
@@ -263,7 +267,7 @@ def as_words(name: str, value: object) -> list[str]:
 
 @contextlib.contextmanager
 def refusing_network(args: Options) -> Iterator[None]:
-    """Name the flags where a network can't be built with them, or its pretrained weights can't be had."""
+    """Turn a failure to build a network, or to get its weights, into an error that names the flags."""
     try:
         yield
     except ValueError as error:

@@ -49,7 +49,7 @@ def visualize(args: Options, saved: dict, model: nn.Module) -> None:
 
 
 def fresh_gates(args: Options, classes: int) -> list[np.ndarray | None]:
-    """The gates, layer by layer, of the network that the run's seed begins with where no other weights are given."""
+    """The gates, layer by layer, of a network that is freshly initialized with the run's seed."""
     torch.manual_seed(args.seed)
     model = models.create(args.arch, num_classes=classes, **args.of(Kind.KEYWORD))
     return [layer.gates for layer in inspect_layers(model)]

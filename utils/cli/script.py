@@ -20,11 +20,11 @@ MORE_FILES = "lower --workers, or raise ulimit -n"
 LESS_MEMORY = (
     "out of memory: lower --train-batch (and raise --iter-size by as much), --test-batch, --workers or --image-size"
 )
-ALL_TOGETHER = "another process of the run has ended: go on with all of them by --resume if there is a checkpoint"
+ALL_TOGETHER = "another process of the run has ended: restart all of them, with --resume if there is a checkpoint"
 
 
 class Output:
-    """A stream whose failures pass by: a terminal that is closed or a full disk must not end a run.
+    """A stream that ignores its failures: a closed terminal or a full disk must not end a run.
 
     On a terminal, lines are broken between words.
     """
@@ -61,7 +61,7 @@ def run_script(main: Callable[[list[str]], int], name: str) -> None:
 
 
 def call(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
-    """Call ``main``; returns its exit status, or that of the failure, which is told in a line that ``name`` begins."""
+    """Call ``main``; returns the exit status. A failure is printed in one line that begins with ``name``."""
     try:
         return main(argv)
     except KeyboardInterrupt:
@@ -74,9 +74,9 @@ def call(main: Callable[[list[str]], int], argv: list[str], name: str) -> int:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """The exit status of a failure, and what to say of it; one that nobody expects is raised again.
+    """The exit status and the message of a failure; an unexpected one is raised again.
 
-    Of the system and of torch, it is their own message, with what to do about it.
+    Failures of the system and of torch keep their own message, with a hint.
     """
     if isinstance(error, BadInput | RunFailed):
         return error.status, str(error)

@@ -15,15 +15,12 @@ import torch
 from utils.errors import BadInput, RunFailed
 from utils.images.demo import draw_demo
 from utils.images.folders import ImageFolder, alike, check_same_classes
-from utils.images.samples import Images, Samples, Source, shuffle
-from utils.images.workers import Batch, Key, Workers, warn_of_shared_memory
+from utils.images.samples import Batch, Images, Samples, Source, shuffle
+from utils.images.workers import Key, Workers, warn_of_shared_memory
 from utils.machine import distributed, torchrun
 from utils.machine.signals import waiting
 from utils.words import counted
 
-# ImageNet's, of pixels in 0..1
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 TRAIN, VAL = "train", "val"
 
 
@@ -86,7 +83,7 @@ class Data:
         warn_of_shared_memory(args)
 
     def _describe_oddities(self, saved: dict | None) -> None:
-        """Say what can be used, and is seldom meant."""
+        """Report what is allowed, but is probably a mistake."""
         folders = [images for images in self.images.values() if isinstance(images, ImageFolder)]
         examples = [folder.example for folder in folders if folder.passed_over]
         if examples:
@@ -111,7 +108,7 @@ class Data:
     def _check_steps(self, saved: dict | None) -> None:
         """Say what an optimizer step is; refuse an epoch without one, and another shuffle in the middle of an epoch."""
         args, images = self.args, len(self.images[TRAIN])
-        self.steps, rest = divmod(images, self.step_images)  # the rest of the shuffle waits for another epoch's
+        self.steps, rest = divmod(images, self.step_images)  # the rest is left out of this epoch, as by drop_last
         sizes = f"--train-batch {args.train_batch} x --iter-size {args.iter_size}"
         if self.steps == 0:
             raise BadInput(f"{sizes}: more than the {images} training images; lower one")
@@ -121,7 +118,7 @@ class Data:
         step = f"{counted(self.step_images, 'image')} ({sizes})"
         print(f"Each optimizer step: {step}; {counted(self.steps, 'step')} an epoch")
         if rest:
-            print(f"Images of each shuffle that make no whole step and wait for another epoch: {rest}")
+            print(f"Images left out of each epoch, as they don't fill a step: {rest}")
         rate = 0.1 * self.step_images / 256
         if args.lr > 2 * rate and not args.warmup and args.optimizer == "sgd":
             suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}, or --warmup"
@@ -142,7 +139,7 @@ class Data:
             yield map(self._check_whole, islice(self.batches, self.args.iter_size))
 
     def _check_whole(self, batch: Batch) -> Batch:
-        """In training, another image has replaced each that could not be decoded."""
+        """Refuse a training batch in which a bad image could not be replaced."""
         if len(batch.images) < self.args.train_batch // torchrun.PROCESSES:
             raise RunFailed(f"{batch.reasons[-1]}; nor can any of those before it in the epoch's order")
         return batch
@@ -194,11 +191,11 @@ class Data:
             self.waited += time.monotonic() - start
             if batch is None:
                 return
-            go_on = "then start again or --resume; the last checkpoint, if there is one, stands"
+            go_on = "then start again or --resume; the last checkpoint, if there is one, is intact"
             if batch.failure:
-                raise RunFailed(f"{batch.failure}; mend that, {go_on}")
+                raise RunFailed(f"{batch.failure}; fix that, {go_on}")
             if batch.bad and not self.args.skip_bad_images:
-                raise RunFailed(f"{batch.reasons[0]}; mend it, or leave such images out by --skip-bad-images, {go_on}")
+                raise RunFailed(f"{batch.reasons[0]}; fix it, or leave such images out by --skip-bad-images, {go_on}")
             for reason in sorted(set(batch.reasons) - named):
                 print(f"\nLeft out: {reason}", file=sys.stderr)
             named.update(batch.reasons)

@@ -95,7 +95,7 @@ def _class_folders(folder: str) -> tuple[dict[str, str], list[str]]:
                     raise BadInput(f"--data: {folder} has two folders {name}, in two Unicode forms; make them one")
                 folders[name] = entry.path
             elif entry.is_symlink() and not os.path.exists(entry.path):
-                raise BadInput(f"--data: the class folder {entry.path} is a link to nothing; mend or remove it")
+                raise BadInput(f"--data: the class folder {entry.path} is a link to nothing; fix or remove it")
             else:
                 others.append(entry.path)
     return dict(sorted(folders.items())), others
@@ -141,7 +141,7 @@ def _listing() -> Iterator[None]:
 
 
 def alike(name: str) -> str:
-    """The same for names of classes that differ in case or blanks alone."""
+    """A key that is equal for class names that differ only in case or blanks."""
     return "".join(name.casefold().split())
 
 

@@ -1,4 +1,4 @@
-"""A file of any format to uint8 pixels of the network's size: decode, crop, resize, flip, all on uint8."""
+"""From an image file of any format to uint8 pixels of the network's size: decode, crop, resize, flip."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor
 CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 VAL_RESIZE = 256 / 224  # of the crop that follows
-LONGEST = 100  # times the shorter side, beyond which an image is cut before it is resized
+LONGEST = 100  # largest aspect ratio; a longer image is cropped before it is resized
 # By content and not by name. Pillow decodes everything else, and what these refuse: an animation, for example.
 # torchvision's decoder of PNG was seen to crash the process on damaged files.
 try:
@@ -33,12 +33,12 @@ class BadImage(ValueError):
 
 
 def read_bytes(path: str) -> np.ndarray:
-    """The bytes of a file, uint8, which can be written to, as torch wants it."""
+    """The bytes of a file as a writable uint8 array, which torch needs."""
     return np.frombuffer(bytearray(Path(path).read_bytes()), np.uint8)  # np.fromfile doesn't notice a failure
 
 
 def ignore_warnings() -> None:
-    """Let PYTHONWARNINGS=error make no failure of what the libraries that load images say."""
+    """Ignore warnings of the image libraries, which PYTHONWARNINGS=error would turn into failures."""
     warnings.filterwarnings("ignore", module=r"PIL\.|torchvision\.|torch\.utils\.data\.|utils\.images\.pixels")
 
 

@@ -141,3 +141,30 @@ class Samples(Dataset):
 def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch's images."""
     return np.random.default_rng([seed, epoch]).permutation(images)
+
+
+class Batch(NamedTuple):
+    """Images, uint8 (N, 3, size, size), their classes, (N,), how many others could not be decoded, and why.
+
+    On its way from a worker, it has its classes in a list.
+    """
+
+    images: Tensor | None  # None: the batch could not be handed over
+    targets: Tensor
+    bad: int
+    reasons: list[str]
+    failure: str | None = None  # of the machine, which ends the run
+    indices: Sequence[int] = ()  # of the images in their split
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """The batch of those samples that could be decoded."""
+    good = [sample for sample in samples if sample.pixels is not None]
+    # Stacked as they lie in memory, channels last. The classes stay a list: each tensor from a worker costs the main
+    # process a connection.
+    images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
+    targets = [sample.target for sample in good]
+    bad = sum(len(sample.reasons) > 0 for sample in samples)
+    reasons = [reason for sample in samples for reason in sample.reasons]
+    failure = next((sample.failure for sample in samples if sample.failure), None)
+    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure, [sample.index for sample in good])

@@ -11,37 +11,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import RunFailed
 from utils.images.pixels import ignore_warnings
-from utils.images.samples import Sample, Samples
+from utils.images.samples import Batch, Sample, Samples, collate
 from utils.machine import torchrun
 from utils.machine.signals import held, ignore_in_worker, may_handle
 
 PREFETCHED = 2  # batches of a worker
 
 Key = tuple[str, int, int]  # of a sample: TRAIN or VAL, epoch, index
-
-
-class Batch(NamedTuple):
-    """Images, uint8 (N, 3, size, size), and their classes, (N,); how many could not be decoded, and why.
-
-    On its way from a worker, it has its classes in a list.
-    """
-
-    images: Tensor | None  # None: the batch could not be handed over
-    targets: Tensor
-    bad: int
-    reasons: list[str]
-    failure: str | None = None  # of the machine, which ends the run
-    indices: Sequence[int] = ()  # of the images in their split
 
 
 class Splits(Dataset):
@@ -55,19 +39,6 @@ class Splits(Dataset):
         return self.splits[split][tuple(rest)]
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """The batch of those samples that could be decoded."""
-    good = [sample for sample in samples if sample.pixels is not None]
-    # Stacked as they lie in memory, channels last. The classes stay a list: each tensor from a worker costs the main
-    # process a connection.
-    images = torch.stack([sample.pixels.permute(1, 2, 0) for sample in good]) if good else torch.empty(0, 0, 0, 3)
-    targets = [sample.target for sample in good]
-    bad = sum(len(sample.reasons) > 0 for sample in samples)
-    reasons = [reason for sample in samples for reason in sample.reasons]
-    failure = next((sample.failure for sample in samples if sample.failure), None)
-    return Batch(images.permute(0, 3, 1, 2), targets, bad, reasons, failure, [sample.index for sample in good])
-
-
 def start_worker(worker: int) -> None:
     """Workers end with the main process, without a word."""
     sys.excepthook = lambda *error: None  # the main process may die while it sends
@@ -78,7 +49,7 @@ def start_worker(worker: int) -> None:
 
 
 def _hand_over_error(queue: multiprocessing.queues.Queue, error: Exception, item: tuple[int, Batch]) -> None:
-    """Send the reason where a batch can't be sent, as multiprocessing only prints it, and the main process would wait.
+    """Send the reason in place of a batch that can't be sent: multiprocessing only prints it, and the run would wait.
 
     Memory to share is scarce in containers, and the name of a socket may be too long.
     """
@@ -184,13 +155,13 @@ class Workers:
 
 
 def _ignore_deaths() -> None:
-    """From here on, let the loader's handler of a worker's death raise no error, in the middle of whatever."""
+    """Remove the loader's SIGCHLD handler, which would raise wherever the main process is."""
     if may_handle("SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def warn_of_shared_memory(args: argparse.Namespace) -> None:
-    """Say so where the batches that the workers hold may not fit into the memory that they are handed over in."""
+    """Warn if the batches that the workers prefetch may not fit into shared memory."""
     if not os.path.isdir("/dev/shm"):
         return
     status = os.statvfs("/dev/shm")

@@ -66,7 +66,7 @@ def count_gpus() -> int:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if reasons and gpus == 0 and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         reason = str(reasons[0].message).splitlines()[0]
-        raise BadInput(f"CUDA doesn't work here: {reason}; mend it, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
+        raise BadInput(f"CUDA doesn't work here: {reason}; fix it, or set CUDA_VISIBLE_DEVICES= to run on the CPU")
     return gpus
 
 

@@ -1,4 +1,4 @@
-"""The processes of one run, of torchrun: how they find each other, and what they tell each other."""
+"""The process group of a run: how its processes find each other, and what they exchange."""
 
 import contextlib
 import os
@@ -55,7 +55,7 @@ def leave() -> None:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -103,10 +103,10 @@ def largest(value: int) -> int:
 
 
 def check_same(value: object) -> None:
-    """See that all processes begin alike.
+    """Check that ``value`` is the same in all processes, by its repr().
 
     Raises:
-        BadInput: they don't, by the texts of ``value``.
+        BadInput: it isn't.
     """
     if dist.is_initialized():
         values = [None] * torchrun.PROCESSES

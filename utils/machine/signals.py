@@ -11,7 +11,7 @@ from utils.machine import distributed, torchrun
 
 # SIGUSR1 is what SLURM sends before a job's time is up. Windows has only the first two.
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-ECHO_SECONDS = 2  # within which another signal is the same wish
+ECHO_SECONDS = 2  # within which a repeated signal is ignored
 
 
 def may_handle(name: str) -> bool:
@@ -86,7 +86,7 @@ class Stop:
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Around a wait for what may never come: a signal ends it, unless other processes count on this one's step.
+    """Wraps a wait that may never end: a signal ends it, unless other processes depend on this one's step.
 
     Raises:
         Stopped: by a signal that came before or meanwhile.

@@ -1,4 +1,4 @@
-"""What the environment says of the processes that torchrun started, and the command that starts them again."""
+"""What torchrun tells a process by the environment, and the command that starts the run again."""
 
 import os
 import shlex
@@ -10,7 +10,7 @@ from utils.words import shortest
 
 
 def _number(name: str, default: int) -> int:
-    """Of the environment, where launchers other than torchrun have texts of their own, such as 2(x2)."""
+    """A number from the environment, or the default: other launchers set texts such as 2(x2)."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default
 
@@ -32,7 +32,7 @@ def is_orphan() -> bool:
 
 
 def check_environment() -> None:
-    """See that the environment says how several processes find each other.
+    """Check that the environment says how several processes find each other.
 
     Raises:
         BadInput: WORLD_SIZE is set without what they need.

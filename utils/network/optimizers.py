@@ -18,9 +18,10 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.O
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(args.momentum, args.beta2), **settings)
     sgd = torch.optim.SGD(groups, momentum=args.momentum, **settings)
-    for parameter in model.parameters() if args.momentum else ():
-        # A fused optimizer that skips its first step would keep an uninitialized buffer.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if args.momentum:
+        for parameter in model.parameters():
+            # A fused optimizer that skips its first step would keep an uninitialized buffer.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
 
 
@@ -34,9 +35,9 @@ def build_average(args: argparse.Namespace, model: nn.Module) -> AveragedModel |
 
 
 def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor) -> None:
-    """A step of a fused optimizer, which its device skips where the condition is false; the CPU doesn't wait for it.
+    """Step a fused optimizer; the device skips the step if the condition is false, and the CPU doesn't wait for it.
 
-    So a gradient scaler tells it; torch has no other way.
+    A gradient scaler uses the same attributes; torch has no other way.
     """
     optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
     optimizer.step()
@@ -67,7 +68,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def _entries_of(optimizer: torch.optim.Optimizer) -> dict[str, bool]:
-    """{name: whether it has its parameter's shape, and isn't one number} of what such an optimizer keeps of each."""
+    """The optimizer's state of a parameter: {name: whether it has the parameter's shape; if not, it is a scalar}."""
     known = inspect.signature(type(optimizer)).parameters
     options = {name: value for name, value in optimizer.defaults.items() if name in known}
     parameter = torch.nn.Parameter(torch.zeros(2))

@@ -24,7 +24,7 @@ def over_devices(model: nn.Module, devices: list[torch.device], is_fixed: bool =
 
 
 class _DataParallel(nn.DataParallel):
-    """Sends no weights that replicas don't use, and those of a network that doesn't change only once."""
+    """DataParallel that sends only the weights that replicas use, and those of a fixed network only once."""
 
     def __init__(self, model: nn.Module, devices: list[torch.device], is_fixed: bool):
         super().__init__(model, [device.index for device in devices])
@@ -46,7 +46,7 @@ def smallest_part(images: int, devices: list[torch.device]) -> int:
 
 
 def reduce_if(is_last: bool, network: nn.Module) -> contextlib.AbstractContextManager:
-    """Over processes, reduce the gradients of the last micro-batch only; those before gather in each process."""
+    """Under DDP, reduce gradients only in the last micro-batch; earlier ones accumulate in each process."""
     is_ddp = isinstance(network, DistributedDataParallel)
     return network.no_sync() if is_ddp and not is_last else contextlib.nullcontext()
 

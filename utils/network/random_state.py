@@ -31,7 +31,7 @@ def set_random_state(state: dict) -> None:
 @contextlib.contextmanager
 def undone_if_stopped(model: torch.nn.Module, micro_batches: int) -> Iterator[None]:
     """If a signal ends the run in the middle of a step, restore random state and buffers as they were before it."""
-    if micro_batches == 1 or torchrun.PROCESSES > 1:  # the only wait comes first, or no wait is ended
+    if micro_batches == 1 or torchrun.PROCESSES > 1:  # no signal can end the middle of such a step
         yield
         return
     state, buffers = random_state(), [buffer.clone() for buffer in model.buffers()]

@@ -1,4 +1,4 @@
-"""matplotlib's figures and their files, whatever backend the environment names: none is ever used here."""
+"""matplotlib's figures, rendered to files without a backend, whatever MPLBACKEND says."""
 
 # ruff: noqa: E402
 import io

@@ -18,7 +18,7 @@ SPLITS = {
     "Valid": {"label": "validation", "color": "tab:blue"},
 }
 MOST_DROPS = 10  # of the learning rate that are marked
-# What an epoch took: training and validation, images of training alone, and the most that torch had on a GPU so far.
+# Time of training and validation, speed of training alone, and torch's peak GPU memory in the run so far.
 COSTS = ("Seconds", "Images/s", "Peak GiB")
 COLUMNS = (
     "Learning Rate",
@@ -118,7 +118,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
 
 
 def draw_curve(axes: Axes, runs: list[list[dict[str, float]]], column: str, style: dict) -> None:
-    """The mean of runs over their epochs, which they share, with a dozen or two of markers; their bounds as a band."""
+    """Plot the mean of runs over the epochs that they share, with 20 markers at most; their range is a band."""
     epochs = [row["Epoch"] for row in runs[0]]
     values = np.array([[row[column] for row in rows] for rows in runs])
     axes.plot(epochs, values.mean(0), **{"markevery": math.ceil(len(epochs) / 20), "markersize": 4} | style)
@@ -129,8 +129,10 @@ def draw_curve(axes: Axes, runs: list[list[dict[str, float]]], column: str, styl
 def mark_drops(axes: Axes, rows: list[dict[str, float]]) -> None:
     """A line wherever the learning rate dropped, unless it falls all the time, and the new rate where it has room."""
     drops = [pair for pair in pairwise(rows) if pair[1]["Learning Rate"] < pair[0]["Learning Rate"]]
+    if len(drops) > MOST_DROPS:
+        return
     named = -math.inf
-    for before, after in drops if len(drops) <= MOST_DROPS else ():
+    for before, after in drops:
         place = before["Epoch"] + 0.5
         axes.axvline(place, color="0.8", zorder=0)
         if place - named >= len(rows) / 6:

@@ -1,4 +1,4 @@
-"""What a run measures: loss and accuracies, and how far and how fast an epoch is."""
+"""What a run measures: loss, accuracies, and the progress and speed of an epoch."""
 
 import contextlib
 import shutil
@@ -59,12 +59,17 @@ def batch_sums(logits: Tensor, targets: Tensor, loss: Tensor, bad: int = 0) -> T
     """
     guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices  # top-5 means all classes where there are fewer
     hits = guesses == targets[:, None]
-    images, bad, none = (torch.full((), count, device=logits.device) for count in (len(targets), bad, 0))
-    return torch.stack(Sums(loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images, bad, none)).double()
+
+    def scalar(count: int) -> Tensor:
+        return torch.full((), count, device=logits.device)
+
+    images = scalar(len(targets))
+    sums = Sums(loss.detach().double() * images, hits[:, 0].sum(), hits.sum(), images, scalar(bad), scalar(0))
+    return torch.stack(sums).double()
 
 
 class Transfer:
-    """Numbers on their way from a device, which doesn't stop for them."""
+    """An asynchronous copy of numbers from a device to the CPU."""
 
     def __init__(self, values: Tensor):
         self.values = values.to("cpu", non_blocking=True)
@@ -84,7 +89,7 @@ class Scores:
 
     Args:
         sums: those so far.
-        classes: of at most five, every answer is among the top 5, and nobody needs to be told.
+        classes: with five or fewer, top-5 is always 100 % and is not shown.
         seconds: for which they have been gathered; Progress counts them.
     """
 
@@ -180,7 +185,7 @@ class Progress:
 
     @contextlib.contextmanager
     def _passing_over_pauses(self) -> Iterator[None]:
-        """From the last step to the end of a pause, such as by Ctrl-Z, no time counts."""
+        """Leave out the time from the last step to the end of a pause, such as by Ctrl-Z."""
 
         def go_on(number: int, frame: object) -> None:
             self.start += time.monotonic() - self.last_step
@@ -199,7 +204,10 @@ class Progress:
             # A line that wraps can't be drawn over: what there is no room for is left out, the bar first.
             room, text = shutil.get_terminal_size().columns - len(self.label) - 2, ""
             for index, part in enumerate(self.parts()):
-                if len(text) + len(part) + BAR * (index >= 5) > room:
+                needed = len(text) + len(part)
+                if index >= 5:  # the bar goes before these parts
+                    needed += BAR
+                if needed > room:
                     break
                 text += f"{part} "
             spare = room - len(text)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from utils.files import write_output
 from utils.images.data import VAL, Data
-from utils.images.workers import Batch
+from utils.images.samples import Batch
 from utils.machine import distributed, torchrun
 
 HEADER = ("path", "class", "guess", "probability of the guess", "rank of the class")
-MOST_CLASSES = 20  # of which each one's accuracy is printed
-WORST = 5  # that are, of more
+MOST_CLASSES = 20  # up to which the accuracy of every class is printed
+WORST = 5  # classes that are printed where there are more
 
 
 class Predictions:

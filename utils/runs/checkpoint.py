@@ -59,7 +59,7 @@ LACKING = {"val_images": "", "seconds": 0.0, "ema": {}}
 
 
 def versions() -> dict[str, str]:
-    """Those on which a run's rounding depends."""
+    """Of what a run's rounding depends on."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

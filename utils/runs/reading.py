@@ -30,7 +30,7 @@ class NotWhole(BadInput):
 class Opaque:
     """Stands for an object of a class that a file names, here ``name``. It takes what the file says, and does nothing.
 
-    A subclass for each class, as torch calls these, and no function of the file, to make an object.
+    Each class has a subclass of this one: torch makes objects by it, and calls no function of the file.
     """
 
     name = ""
@@ -133,7 +133,7 @@ def _check(file: Path, start: bytes) -> None:
             with zipfile.ZipFile(file) as archive:
                 is_whole = archive.testzip() is None
                 names = {name.rpartition("/")[2] for name in archive.namelist()}
-                # torch takes a member with the attribute of a folder for one, and leaves what was in its memory.
+                # torch takes a member with a folder's attribute for a folder, and leaves its tensor's memory unset.
                 has_folders = any(part.external_attr for part in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
         raise damaged(file, str(error)) from error

@@ -28,7 +28,7 @@ class RunFolder:
 
     Args:
         folder: need not be there yet.
-        saved: the checkpoint that the run begins with; beside it, the run goes on in its own folder.
+        saved: the checkpoint that the run begins with; if it lies in ``folder``, the run goes on there.
         resume: how the user named it: by that file, or by the run's folder.
         overwrite: whether the run may replace another, or a later checkpoint of its own.
 
@@ -121,7 +121,7 @@ class RunFolder:
         """
         self.unwritten |= files
         self.failure = ""
-        for name in sorted(self.unwritten, key=LAST.__eq__):
+        for name in sorted(self.unwritten, key=lambda name: name == LAST):
             previous = self.folder / PREVIOUS if name == LAST and self.has_last else None
             try:
                 write_atomically(self.folder / name, self.unwritten[name], previous)
@@ -135,7 +135,7 @@ class RunFolder:
         self.unwritten.clear()
 
     def _remove_replaced(self) -> None:
-        """There is a first checkpoint of this run: what is left of another one goes."""
+        """After this run's first checkpoint, remove the files of the run that it replaces."""
         if self.resumed is None:
             for stale in {*(self.folder / name for name in RESULTS), *self._kept()}:
                 if stale.name not in self.unwritten:
@@ -146,7 +146,7 @@ class RunFolder:
         """Say how to go on with a run that a signal has ended at some place; returns the exit status."""
         name = signal.Signals(number).name
         if self.failure:
-            raise RunFailed(f"stopped by {name}, and {self.failure}; the last checkpoint stands")
+            raise RunFailed(f"stopped by {name}, and {self.failure}; the last checkpoint is intact")
         print(f"Stopped by {name} at {place}; resume by")
         print(f"  {torchrun.shell_command([f'--resume={self.folder}'])}")
         return 128 + number

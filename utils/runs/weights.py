@@ -6,7 +6,7 @@ from utils.errors import BadInput
 
 
 def take_average(saved: dict) -> None:
-    """Let a checkpoint's moving average, if it has one, be its weights: those that its accuracies are of."""
+    """Replace a checkpoint's weights by their moving average, if it has one: its accuracies are the average's."""
     if saved["ema"]:
         saved["state_dict"] = saved["ema"]
         print(f"{saved['file']}: the moving average of its weights is taken")
@@ -21,7 +21,8 @@ def load_weights(model: torch.nn.Module, saved: dict, flag: str = "--resume") ->
     file, own = saved["file"], model.state_dict()
     # Torch before 0.4.1 had no such counter.
     state = {name: own[name] for name in own if name.endswith("num_batches_tracked")} | saved["state_dict"]
-    missing, surplus = ([name for name in one if name not in other] for one, other in ((own, state), (state, own)))
+    missing = [name for name in own if name not in state]
+    surplus = [name for name in state if name not in own]
     if missing and not surplus and all(_is_of_gate(name) for name in missing):
         raise BadInput(
             f"{flag}: {file} has no weights for the gates ({missing[0]}, ...); "
@@ -41,7 +42,7 @@ def load_weights(model: torch.nn.Module, saved: dict, flag: str = "--resume") ->
     model.load_state_dict(state)
 
 
-def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifier: str) -> None:
+def load_initial_weights(model: torch.nn.Module, saved: dict, classes: list[str], classifier: str) -> None:
     """Begin a training with the weights of ``--init``, and say what of the model they are not for.
 
     The model keeps its own classifier where the file's is for other classes, and its own gates where the file has
@@ -62,17 +63,18 @@ def initialize(model: torch.nn.Module, saved: dict, classes: list[str], classifi
             # One that differs in more than its rows is another network's, and is to be refused.
             if name not in state or state[name].shape[1:] == own[name].shape[1:]:
                 state[name] = own[name]
-        told.append(f"The classifier {classifier} is made anew: {file} has none for these classes")
+        told.append(f"The classifier {classifier} is new: {file} has none for these classes")
     elif not saved["classes"]:
         told.append(f"The classifier {classifier} is kept: {file} has as many classes, and doesn't name them")
-    ours, theirs = ({name: tensor for name, tensor in of.items() if _is_of_gate(name)} for of in (own, state))
+    ours = {name: tensor for name, tensor in own.items() if _is_of_gate(name)}
+    theirs = {name: tensor for name, tensor in state.items() if _is_of_gate(name)}
     if {name: gate.shape for name, gate in ours.items()} != {name: gate.shape for name, gate in theirs.items()}:
         # All of them: a layer of as many inputs as outputs would take a gate of the other formulation.
         state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
         if theirs:
             told.append(f"The gates of {file} are left out: the network has {'others' if ours else 'none'}")
         if ours:
-            told.append(f"The gates are made anew: {file} has {'others' if theirs else 'none'}")
+            told.append(f"The gates are new: {file} has {'others' if theirs else 'none'}")
     load_weights(model, saved | {"state_dict": state}, "--init")
     print("\n".join(told))
 

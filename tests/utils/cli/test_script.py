@@ -44,7 +44,7 @@ def test_the_first_process_speaks_for_all(monkeypatch, tmp_path, rank):
 FAILURES = [(BadInput("--lr: two\nlines"), 2, "--lr: two lines"), (RunFailed("a reason"), 1, "a reason"),
     (KeyboardInterrupt(), 130, "nothing was written"), (OSError(), 1, "OSError"), (OSError("a\n\nlast"), 1, ": last"),
     (MemoryError(), 1, "MemoryError: out of memory: lower --train-batch"),
-    (torch.distributed.DistNetworkError("gone"), 1, "gone: another process of the run has ended: go on with all"),
+    (torch.distributed.DistNetworkError("gone"), 1, "gone: another process of the run has ended: restart all of them"),
     (RuntimeError("Caught\nDefaultCPUAllocator: can't\n1"), 1, "Allocator: can't: out of memory: lower --train-batch"),
     (RuntimeError("Too many open files. Communication"), 1, "files. Communication: lower --workers, or raise ulimit"),
     (OSError(24, "Too many open files", "x"), 1, "[Errno 24] Too many open files: 'x': lower --workers"),

@@ -194,8 +194,8 @@ def test_other_images_only_at_the_end_of_an_epoch(images):
     ("--lr 0.1 --warmup 1", "", "is high"), ("--lr 0.003", "", "is high"),
     ("--schedule 2 5", "never drops: none of --schedule 2 5 is within --epochs 2\n", ""),
     ("--schedule 1 5", "", "never drops"), ("--schedule 2 --cosine", "", "never drops"),
-    ("--train-batch 5", "wait for another epoch: 3\n", ""),
-    ("--train-batch 13", "; 1 step an epoch\n", "wait for another"),
+    ("--train-batch 5", "as they don't fill a step: 3\n", ""),
+    ("--train-batch 13", "; 1 step an epoch\n", "fill a step"),
 ])  # fmt: skip
 def test_what_is_told_of_the_steps(images, capsys, words, told, not_told):
     data(images, *words.split())
@@ -359,7 +359,7 @@ def test_a_failure_of_the_machine_is_never_a_bad_image(tmp_path, monkeypatch, pl
     source = data(tmp_path, skip, "-j", workers)
     path = source.images[split].path(1)
     fail(monkeypatch, place, number, path)
-    with pytest.raises(RunFailed, match=f"can't read the image {path}: {os.strerror(number)}; mend that"):
+    with pytest.raises(RunFailed, match=f"can't read the image {path}: {os.strerror(number)}; fix that"):
         batches(source, 0, 0)
 
 

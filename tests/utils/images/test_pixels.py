@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from tests.formats import FORMATS, IMAGE, drawing, encoded
 from tests.helpers import PATIENCE, in_a_process
 from utils.images.pixels import BadImage, decode, random_resized_crop, resize, resized_center_crop
-from utils.network.classifier import normalize
+from utils.network.forward import normalize
 
 
 def as_read(data: bytes) -> np.ndarray:

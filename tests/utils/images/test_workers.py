@@ -14,8 +14,8 @@ import torch
 from tests.helpers import PATIENCE
 from utils.errors import RunFailed
 from utils.images.folders import ImageFolder
-from utils.images.samples import Sample, Samples
-from utils.images.workers import Workers, collate, warn_of_shared_memory
+from utils.images.samples import Sample, Samples, collate
+from utils.images.workers import Workers, warn_of_shared_memory
 
 
 def test_a_batch_of_samples():

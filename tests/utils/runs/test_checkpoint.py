@@ -30,7 +30,7 @@ from utils.network.optimizers import load_optimizer
 from utils.runs import checkpoint
 from utils.runs.checkpoint import BEST, LAST, PREVIOUS, find, load, serialize, versions
 from utils.runs.reading import read_file
-from utils.runs.weights import initialize, load_weights
+from utils.runs.weights import load_initial_weights, load_weights
 from utils.words import shortest
 
 # --- files of other trainers, tools and times
@@ -306,9 +306,9 @@ CLASSES = ["a", "b"]
 BEGINNINGS = [  # of l_tiny on which classes, with what; the options of the network; what is made anew, and what is told
     (CLASSES, {}, {}, [], []),
     ([], {}, {}, [], ["classifier fc is kept: FILE has as many classes, and doesn't name them"]),
-    (["a", "c"], {}, {}, ["fc."], ["classifier fc is made anew"]),
-    (["a", "b", "c"], {}, {}, ["fc."], ["classifier fc is made anew"]),
-    (CLASSES, {"excitation": "none"}, {}, [".gate."], ["The gates are made anew: FILE has none"]),
+    (["a", "c"], {}, {}, ["fc."], ["classifier fc is new"]),
+    (["a", "b", "c"], {}, {}, ["fc."], ["classifier fc is new"]),
+    (CLASSES, {"excitation": "none"}, {}, [".gate."], ["The gates are new: FILE has none"]),
     (CLASSES, {"excitation": "lwe"}, {"excitation": "none"}, [], []),
     (CLASSES, {}, {"excitation": "none"}, [], ["gates of FILE are left out: the network has none"]),
     (CLASSES, {}, {"formulation": "paper"}, [".gate."], ["are left out: the network has others", "FILE has others"]),
@@ -321,7 +321,7 @@ def test_weights_that_begin_a_training(classes, theirs, options, anew, told, cap
     state = {name: torch.full_like(value, 0.5) for name, value in state.items()}
     ours = models.create("l_tiny", num_classes=2, **options)
     before = {name: value.clone() for name, value in ours.state_dict().items()}
-    initialize(ours, {"state_dict": state, "classes": classes, "file": Path("FILE")}, CLASSES, "fc")
+    load_initial_weights(ours, {"state_dict": state, "classes": classes, "file": Path("FILE")}, CLASSES, "fc")
     for name, value in ours.state_dict().items():
         expected = before[name] if any(part in name for part in anew) else state[name]
         assert torch.equal(value, expected), name
@@ -340,7 +340,7 @@ def test_weights_that_can_not_begin_a_training(change, text):
     state = models.create("l_tiny", num_classes=5).state_dict() | change
     saved = {"state_dict": state, "classes": [], "file": Path("FILE")}
     with pytest.raises(BadInput, match=f"^--init: .*{text}"):
-        initialize(models.create("l_tiny", num_classes=2), saved, CLASSES, "fc")
+        load_initial_weights(models.create("l_tiny", num_classes=2), saved, CLASSES, "fc")
 
 
 def test_the_checkpoint_that_begins_a_training_is_the_best(tmp_path, capsys):

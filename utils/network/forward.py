@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from utils.images.data import MEAN, STD
-from utils.images.workers import Batch
+from utils.images.samples import Batch
 from utils.reports.meters import batch_sums
 
+# ImageNet's, of pixels in 0..1
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 
-class Classifier(nn.Module):
-    """A model of normalized images, as one of uint8 images that computes in the type of --amp.
+
+class Uint8Model(nn.Module):
+    """Wraps a model: normalizes uint8 images, and runs it under autocast in the type of --amp.
 
     Autocast is a thread's own: DataParallel's replicas, which have a thread each, begin it here.
     """
@@ -35,7 +38,7 @@ def classify(
     """The mean loss of a batch, in nats, what the batch adds to the scores, and its logits, (N, classes).
 
     Args:
-        network: a :class:`Classifier`, perhaps over several devices.
+        network: a :class:`Uint8Model`, perhaps over several devices.
         device: the first one.
         smoothing: of the labels, in the loss.
     """
