@@ -47,8 +47,12 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dtype == self.weight.dtype:
-            return super().forward(input)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out a block of its own alone
+            if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+                return self._in_the_type_of(input)
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+    def _in_the_type_of(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         with full_precision(input):
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)
@@ -167,8 +171,8 @@ PLAIN = tuple(KINDS)
 def _excite(weight: Tensor, settings: Settings, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
     with full_precision(weight):
-        # torch.compile and functorch can't trace the fused form; torch.compile fuses the plain one itself.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # Nothing that traces can trace the fused form; torch.compile fuses the plain one itself.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             raw, gates = _raw(weight), functools.partial(fused.plain_gates, settings, gate)
             return _like(weight, excitation.excite_weight(raw, settings, gates))
         return _like(weight, fused.excite_weight(_raw(weight), settings, gate))
@@ -265,6 +269,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     The keys of its state_dict are those of the plain network: a folded ``l_resnet50`` loads strictly into torchvision's
     ``resnet50`` with GroupNorm(32). Hooks are kept. What reads a convolution's ``weight`` itself reads the excited one.
+    TorchScript takes the copy, and not an excited network.
 
     Raises:
         ValueError: a subclass of :class:`ExcitedConv` with a forward pass of its own, or a reparametrized weight.

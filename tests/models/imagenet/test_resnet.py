@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock
 
 import models
@@ -147,3 +148,28 @@ def test_a_checkpoint_of_public_code_gives_its_logits(tmp_path, capsys):
     load_weights(ours, saved)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), public(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_what_torchvision_asks_of_its_own_networks(is_folded):
+    """After its test_models.py: traced, scripted, taken apart for features, in bfloat16, and with every gradient."""
+    torch.manual_seed(0)
+    model = models.create("l_resnet18", num_classes=7, stem="small").eval()
+    model = fold(model) if is_folded else model
+    images = torch.randn(2, 3, 32, 32)
+    logits = model(images)
+    assert logits.shape == (2, 7)
+    forms = [torch.fx.symbolic_trace(model), torch.jit.trace(model, images)]
+    if is_folded:  # TorchScript knows nothing of what an excited convolution does
+        forms.append(torch.jit.script(model))
+    for form in forms:
+        torch.testing.assert_close(form(images), logits, rtol=1e-4, atol=1e-5)
+    (features,) = create_feature_extractor(model, ["layer4"])(images).values()
+    torch.testing.assert_close(model.fc(features.mean((2, 3))), logits, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = model(images)
+    assert halved.dtype == torch.bfloat16
+    torch.testing.assert_close(halved.float(), logits, rtol=0.1, atol=0.1)
+    model.train()(images).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
