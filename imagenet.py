@@ -32,7 +32,7 @@ from utils.machine import distributed, torchrun
 from utils.machine.devices import describe_devices, open_devices, peak_memory
 from utils.machine.signals import Stop, Stopped
 from utils.network.forward import Uint8Model, classify
-from utils.network.optimizers import build_average, build_optimizer, load_optimizer, step_if
+from utils.network.optimizers import OPTIMIZERS, build_average, build_optimizer, load_optimizer, step_if
 from utils.network.parallel import over_devices, parallelize, reduce_if, share_buffers, smallest_part
 from utils.network.random_state import random_state, seed_dropout, undone_if_stopped
 from utils.reports.logger import Logger
@@ -85,7 +85,7 @@ def build_parser() -> Parser:
     add("--gamma", **FACTOR, default=0.1, help="factor on the learning rate at each drop [%(default)s]")
     add("--cosine", **SWITCH, default=False, help="cosine decay of the rate to 0, in place of --schedule [no]")
     add("--warmup", **FACTOR, default=0.0, help="epochs over which the rate rises to --lr, step by step [%(default)s]")
-    add("--optimizer", kind=FIXED, choices=("sgd", "adamw"), default="sgd", help="[%(default)s]")
+    add("--optimizer", kind=FIXED, choices=OPTIMIZERS, default="sgd", help="[%(default)s]")
     add("--momentum", **FACTOR, default=0.9, help="of SGD; AdamW's first beta [%(default)s]")
     add("--beta2", **PROBABILITY, default=0.999, help="AdamW's second beta [%(default)s]")
     add("--weight-decay", "--wd", **FACTOR, default=1e-4, help="L2 penalty; of AdamW, decoupled [%(default)s]")

@@ -75,10 +75,16 @@ def map_limit(maximum: Tensor) -> Tensor:
 class Gate(nn.Module):
     """Two fully connected layers on a statistic of the weight: sigmoid(FC2(relu(FC1(x)))), in (0, 1).
 
-    Subclasses are made with (in_channels, out_channels, groups, device, dtype) of a convolution.
+    Subclasses are made with (in_channels, out_channels, groups, device, dtype) of a convolution, and have the PARTS:
+
+    - ``NEUTRAL``, the scaled statistic of a weight that tells the gate nothing;
+    - ``statistic(raw, weight)``, of the weight as it is and as it is gated, both (O, I, kh, kw);
+    - ``scaled(statistic)``, what FC1 takes;
+    - ``broadcast(gates)``, the gates in a shape that scales the weight.
     """
 
-    NEUTRAL: float  # the statistic of a weight that tells the gate nothing
+    PARTS = ("NEUTRAL", "statistic", "scaled", "broadcast")
+    NEUTRAL: float
 
     def __init__(self, features: int, hidden: int, device=None, dtype=None):
         super().__init__()
@@ -214,10 +220,18 @@ class Settings:
             raise ValueError(f"excitation {self.excitation!r} is none of {', '.join(EXCITATIONS)}")
         if self.formulation not in FORMULATIONS:
             raise ValueError(f"formulation {self.formulation!r} is none of {', '.join(FORMULATIONS)}")
+        unknown = {*FORMULATIONS[self.formulation]} - {"mwe", "lwe"}
+        if unknown:
+            raise ValueError(f"formulation {self.formulation!r} has {unknown.pop()!r}; its halves are 'mwe' and 'lwe'")
+        if self.excitation != "none" and not self.halves():
+            raise ValueError(f"formulation {self.formulation!r} has no {self.excitation!r}")
         for half in FORMULATIONS[self.formulation].values():
             if isinstance(half, nn.Module) or (isinstance(half, type) and not is_gate(half)):
                 hint = "is neither a subclass of Gate nor a function; what has parameters is a gate"
                 raise ValueError(f"formulation {self.formulation!r}: {name_in_words(half)} {hint}")
+            lacking = [part for part in Gate.PARTS if is_gate(half) and not hasattr(half, part)]
+            if lacking:
+                raise ValueError(f"formulation {self.formulation!r}: {half.__name__} lacks {lacking[0]}; see Gate")
         gates = [is_gate(half) for half in self.halves().values()]
         if len(gates) > 1 and gates[0] == gates[1]:
             raise ValueError(f"formulation {self.formulation!r}: both halves are of one kind, not a gate and a map")

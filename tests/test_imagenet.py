@@ -96,7 +96,8 @@ def test_a_refusal_as_a_process(tmp_path):
     with started("-d", tmp_path / "nowhere", program=("imagenet.py",)) as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out.count("\n")) == (2, 1)
-    assert err == f"imagenet.py: --data: can't list {tmp_path}/nowhere/val: No such file or directory\n"
+    hint = "name the folder that holds train/CLASS/ and val/CLASS/ by --data"
+    assert err == f"imagenet.py: --data: {tmp_path}/nowhere isn't here; {hint}\n"
 
 
 def test_the_demo(command, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import math
 import multiprocessing
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +109,16 @@ def test_every_option_is_tested():
         text = (tests / file).read_text()
         assert all(f"def {function}(" in text for function in functions), name
         words = name.replace("_", "-"), name, *{"arch": ["-a"], "evaluate": ["-e"]}.get(name, ())
-        assert any(word in text.split("# Options whose effect")[-1] for word in words), f"no test of --{words[0]}"
+        text = text.split("# Options whose effect")[-1]
+        assert any(re.search(rf"(?<!\w){word}(?!\w)", text) for word in words), f"no test of --{words[0]}"
+
+
+def test_every_choice_is_tested():
+    """Of the options that have some; by some test, in words."""
+    texts = " ".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    for action in imagenet.build_parser()._actions:
+        for choice in (choice for choice in action.choices or () if choice != action.default):
+            assert re.search(rf"[\"' ]{choice}[\"' ]", texts), f"no test of {action.option_strings[-1]} {choice}"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import imagenet
 import models
-from models.excitation import FORMULATIONS, ChannelGate
+from models.excitation import FORMULATIONS, ChannelGate, Gate
 from models.inspection import inspect_layers
 from models.layers import Conv2d, excite, excited_once, fold
 from tests.helpers import EXCITED, assert_refused, assert_same_run, checkpoint, run_example
@@ -140,3 +140,23 @@ def test_two_halves_of_one_kind():
     with pytest.raises(ValueError, match="formulation 'mine': both halves are of one kind"):
         Conv2d(4, 6, 3, formulation="mine")
     assert type(Conv2d(4, 6, 3, formulation="mine", excitation="lwe").gate) is ChannelGate
+
+
+def test_halves_by_other_letters(monkeypatch):
+    monkeypatch.setitem(FORMULATIONS, "upper", {"MWE": ChannelGate})
+    monkeypatch.setitem(FORMULATIONS, "half", {"mwe": ChannelGate})
+    with pytest.raises(ValueError, match="formulation 'upper' has 'MWE'; its halves are 'mwe' and 'lwe'"):
+        Conv2d(4, 4, 3, formulation="upper")
+    with pytest.raises(ValueError, match="formulation 'half' has no 'lwe'"):
+        Conv2d(4, 4, 3, formulation="half", excitation="lwe")
+    assert Conv2d(4, 4, 3, formulation="half").gate is not None
+
+
+def test_a_gate_that_lacks_a_part(monkeypatch):
+    class Half(Gate):
+        NEUTRAL = 0.0
+        statistic = staticmethod(lambda raw, weight: weight.mean((1, 2, 3)))
+
+    monkeypatch.setitem(FORMULATIONS, "half", {"mwe": Half})
+    with pytest.raises(ValueError, match="formulation 'half': Half lacks scaled; see Gate"):
+        Conv2d(4, 4, 3, formulation="half")

@@ -182,4 +182,4 @@ def test_data_that_a_resumed_run_does_not_find(command, images, tmp_path, monkey
     assert run_command(*EXCITED, "-d", images.name, "--epochs", 1, "-c", tmp_path / "run") == 0
     monkeypatch.chdir(tmp_path)
     ended = command("--resume", "run", "--epochs", 2)
-    assert_fails(ended, 2, f"--data: run/{LAST} names {images.name}, which isn't here; name it by --data DIR")
+    assert_fails(ended, 2, f"--data: {images.name} isn't here; name the folder that holds")

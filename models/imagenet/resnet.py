@@ -4,7 +4,7 @@ He et al., arXiv 1512.03385, with the stride in the bottleneck's 3x3 convolution
 parameters are torchvision's, norms included, so published GN+WS checkpoints load and folded weights go back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layers import excite, group_norm
 
 conv = partial(nn.Conv2d, bias=False)
+Norm = Callable[[int], nn.Module]  # from a number of channels
 
 
 class BasicBlock(nn.Module):
@@ -20,16 +21,24 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, groups: int = 1, base_width: int = 64):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        groups: int = 1,
+        base_width: int = 64,
+        norm_layer: Norm = group_norm,
+    ):
         super().__init__()
         if (groups, base_width) != (1, 64):
             raise ValueError("a basic block has one group of width 64")
         self.conv1 = conv(in_channels, channels, 3, stride, padding=1)
-        self.bn1 = group_norm(channels)
+        self.bn1 = norm_layer(channels)
         self.conv2 = conv(channels, channels, 3, padding=1)
-        self.bn2 = group_norm(channels)
+        self.bn2 = norm_layer(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample(in_channels, channels, stride)
+        self.downsample = downsample(in_channels, channels, stride, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -42,18 +51,26 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, groups: int = 1, base_width: int = 64):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        groups: int = 1,
+        base_width: int = 64,
+        norm_layer: Norm = group_norm,
+    ):
         super().__init__()
         width = int(channels * base_width / 64) * groups
         out_channels = channels * self.expansion
         self.conv1 = conv(in_channels, width, 1)
-        self.bn1 = group_norm(width)
+        self.bn1 = norm_layer(width)
         self.conv2 = conv(width, width, 3, stride, padding=1, groups=groups)
-        self.bn2 = group_norm(width)
+        self.bn2 = norm_layer(width)
         self.conv3 = conv(width, out_channels, 1)
-        self.bn3 = group_norm(out_channels)
+        self.bn3 = norm_layer(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample(in_channels, out_channels, stride)
+        self.downsample = downsample(in_channels, out_channels, stride, norm_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -62,11 +79,11 @@ class Bottleneck(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-def downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+def downsample(in_channels: int, out_channels: int, stride: int, norm_layer: Norm) -> nn.Sequential | None:
     """The shortcut's projection, where the block changes the shape."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(conv(in_channels, out_channels, 1, stride), group_norm(out_channels))
+    return nn.Sequential(conv(in_channels, out_channels, 1, stride), norm_layer(out_channels))
 
 
 def use_small_stem(model: nn.Module) -> None:
@@ -88,6 +105,7 @@ class ResNet(nn.Module):
         small_stem: whether it begins with :func:`use_small_stem`'s layers.
         num_classes: of the classifier.
         drop: probability of dropout before the classifier.
+        norm_layer: makes a norm of so many channels.
         **excitation: ``excitation``, ``formulation`` and ``standardize`` of :func:`models.layers.excite`.
 
     Raises:
@@ -104,11 +122,12 @@ class ResNet(nn.Module):
         small_stem: bool = False,
         num_classes: int = 1000,
         drop: float = 0.0,
+        norm_layer: Norm = group_norm,
         **excitation,
     ):
         super().__init__()
         self.conv1 = conv(3, 64, 7, stride=2, padding=3)
-        self.bn1 = group_norm(64)
+        self.bn1 = norm_layer(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         if small_stem:
@@ -119,7 +138,7 @@ class ResNet(nn.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(in_channels, channels, stride, groups, base_width))
+                blocks.append(block(in_channels, channels, stride, groups, base_width, norm_layer))
                 in_channels = channels * block.expansion
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -76,7 +76,8 @@ TESTS = {
     "utils/machine/signals.py": "utils/machine/test_signals.py test_places.py test_resuming.py",
     "utils/machine/torchrun.py": "utils/machine/test_torchrun.py test_two_processes.py",
     "utils/network/forward.py": "utils/images/test_pixels.py test_options.py test_gpu_paths.py test_recipes.py",
-    "utils/network/optimizers.py": "utils/runs/test_checkpoint.py test_options.py test_resuming.py test_gpu_paths.py",
+    "utils/network/optimizers.py": "utils/network/test_optimizers.py utils/runs/test_checkpoint.py test_options.py "
+    "test_resuming.py test_gpu_paths.py",
     "utils/network/parallel.py": "test_gpu_paths.py test_two_processes.py",
     "utils/network/random_state.py": "test_two_processes.py test_gpu_paths.py test_resuming.py",
     "utils/reports/logger.py": "utils/reports/test_logger.py test_study.py test_imagenet.py",

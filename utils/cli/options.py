@@ -127,11 +127,15 @@ def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict
         action.dest: action for action in parser._actions if action.dest not in (*parser.named(Kind.ONCE), "help")
     }
     for name, value in saved["options"].items():
-        is_own = name == "formulation" and isinstance(value, str) and value not in actions[name].choices
-        hint = f"a run with --formulation {value}, which this script doesn't have; take the one that adds it"
-        refuse(is_own, f"{source}: {saved['file']} is of {hint}")
+        choices = actions[name].choices if name in actions else ()
+        is_newer = choices is not None and isinstance(value, str) and value not in choices
+        hint = "which this script doesn't have; take the one, or the version, that adds it"
         refuse(
-            name not in actions or not accepts(actions[name], value),
+            name not in actions or is_newer,
+            f"{source}: {saved['file']} is of a run with {flag(name)} {value}, {hint}",
+        )
+        refuse(
+            not accepts(actions[name], value),
             f"{source}: {saved['file']} is damaged: its options have {name} {value}, which no run has",
         )
     return saved["options"] | {"checkpoint": str(saved["file"].parent)}
@@ -164,9 +168,6 @@ def check_resuming(args: Options, saved: dict, given: dict) -> None:
     fixed = dict.fromkeys(args.of(Kind.FIXED), "of a run") if saved["options"] else {}
     if saved["step"] and trains:
         fixed |= dict.fromkeys(args.of(Kind.ORDER), "in the middle of an epoch")
-    has_data = "data" in given or args.demo or args.export or args.visualize or not args.data
-    is_elsewhere = not has_data and not os.path.exists(args.data)
-    refuse(is_elsewhere, f"--data: {saved['file']} names {args.data}, which isn't here; name it by --data DIR")
     for name, where in fixed.items():
         old = saved["options"].get(name)
         refuse(getattr(args, name) != old, f"{typed(args, name)}: {saved['file']} is {where} with {flag(name)} {old}")
@@ -215,8 +216,8 @@ def check_training(args: Options) -> None:
     ended = args.start_epoch >= args.epochs
     refuse(ended, f"{typed(args, 'start_epoch')}: nothing is left of --epochs {args.epochs}")
     refuse(args.warmup >= args.epochs, f"{typed(args, 'warmup')}: nothing is left of --epochs {args.epochs}")
-    is_beta = args.optimizer == "sgd" or args.momentum < 1
-    refuse(not is_beta, f"{typed(args, 'momentum')}: of --optimizer adamw, it is a beta; give a number below 1")
+    is_no_beta = args.optimizer == "adamw" and args.momentum >= 1
+    refuse(is_no_beta, f"{typed(args, 'momentum')}: of --optimizer adamw, it is a beta; give a number below 1")
     ids = args.gpu_id.split(",")
     is_list = all(number.isdecimal() for number in ids) and len({*ids}) == len(ids)
     refuse(not is_list, f"{typed(args, 'gpu_id')}: give each GPU's number once, separated by commas, such as 0,1")

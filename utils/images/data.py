@@ -26,6 +26,8 @@ TRAIN, VAL = "train", "val"
 
 def image_folders(folder: str, split: str) -> ImageFolder:
     """The usual source: train/CLASS/ and val/CLASS/."""
+    if not os.path.exists(folder):
+        raise BadInput(f"--data: {folder} isn't here; name the folder that holds train/CLASS/ and val/CLASS/ by --data")
     parent = Path(folder).parent
     if not os.path.exists(Path(folder, VAL)) and Path(parent, VAL).is_dir():
         raise BadInput(f"--data: {folder} has no folder {VAL}; did you mean {parent}?")

@@ -29,7 +29,8 @@ class Images(Protocol):
         """An image, uint8 (3, height, width), and the number of its class.
 
         Raises:
-            OSError: with an errno, where the machine fails. Any other exception: the image can't be decoded.
+            OSError: with an errno, where the machine fails. BadInput: the set can't be used; it ends the run. Any other
+            exception: the image can't be decoded.
         """
 
     def path(self, index: int) -> str:
@@ -68,9 +69,9 @@ class Pairs:
         pixels = image if isinstance(image, Tensor) else pil_to_tensor(rgb(image))
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) != 3:
             shape = f"{list(pixels.shape)} {pixels.dtype}".replace("torch.", "")
-            raise BadImage(f"it is a tensor {shape}, and not [3, height, width] uint8: leave ToTensor out")
+            raise BadInput(f"image {index} is a tensor {shape}, and not [3, height, width] uint8: leave ToTensor out")
         if not 0 <= int(target) < len(self.classes):
-            raise BadImage(f"its class is {int(target)}, and there are {len(self.classes)}")
+            raise BadInput(f"the class of image {index} is {int(target)}, and there are {len(self.classes)}")
         return pixels, int(target)
 
     def path(self, index: int) -> str:
@@ -88,7 +89,7 @@ class Sample(NamedTuple):
     pixels: Tensor | None  # None: none could be
     target: int
     reasons: list[str]
-    failure: str | None = None  # of the machine, which is no fault of an image
+    failure: str | None = None  # of the machine or the set, which is no fault of an image
     index: int = -1  # among the images
 
 
@@ -113,6 +114,8 @@ class Samples(Dataset):
                 image, target = self.images.load(candidate)
             except MemoryError:
                 raise
+            except BadInput as error:  # of the set of images, and not of one
+                return Sample(None, -1, reasons, str(error))
             except Exception as error:  # decoders raise nearly every type there is
                 path = self.images.path(candidate)
                 if isinstance(error, OSError) and error.errno is not None:  # the system's; decoders set none

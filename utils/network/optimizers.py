@@ -11,18 +11,27 @@ import models
 from utils.errors import BadInput
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the model's parameters."""
-    groups = models.decay_groups(model, args.decay)
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(args.momentum, args.beta2), **settings)
-    sgd = torch.optim.SGD(groups, momentum=args.momentum, **settings)
+def sgd(args: argparse.Namespace, groups: list[dict]) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     if args.momentum:
-        for parameter in model.parameters():
+        for parameter in _parameters(optimizer):
             # A fused optimizer that skips its first step would keep an uninitialized buffer.
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def adamw(args: argparse.Namespace, groups: list[dict]) -> torch.optim.AdamW:
+    betas = args.momentum, args.beta2
+    return torch.optim.AdamW(groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
+
+
+# Of --optimizer: from its options and groups of parameters. Any of torch's will do; fused ones step without waiting.
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer, over the model's parameters."""
+    return OPTIMIZERS[args.optimizer](args, models.decay_groups(model, args.decay))
 
 
 def build_average(args: argparse.Namespace, model: nn.Module) -> AveragedModel | None:
@@ -35,12 +44,15 @@ def build_average(args: argparse.Namespace, model: nn.Module) -> AveragedModel |
 
 
 def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor) -> None:
-    """Step a fused optimizer; the device skips the step if the condition is false, and the CPU doesn't wait for it.
+    """Step unless the condition is false. The device decides it for a fused optimizer; for others, the CPU waits.
 
-    A gradient scaler uses the same attributes; torch has no other way.
+    A gradient scaler tells a fused optimizer by the same attributes; torch has no other way.
     """
-    optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
-    optimizer.step()
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (~is_finite).float()
+        optimizer.step()
+    elif is_finite:
+        optimizer.step()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -49,7 +61,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     Raises:
         BadInput: it isn't that of such an optimizer of the run's parameters.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     state, entries = saved["optimizer"]["state"], _entries_of(optimizer)
     if not state or not entries:
         return
@@ -65,6 +77,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
             if value.shape == parameter.shape:
                 # A fused optimizer assumes that both have one memory layout, which --channels-last may have changed.
                 optimizer.state[parameter][name] = torch.empty_like(parameter).copy_(value)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _entries_of(optimizer: torch.optim.Optimizer) -> dict[str, bool]:

@@ -173,3 +173,9 @@ def test_what_torchvision_asks_of_its_own_networks(is_folded):
     torch.testing.assert_close(halved.float(), logits, rtol=0.1, atol=0.1)
     model.train()(images).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_another_norm():
+    model = models.EXCITED["l_resnet18"](num_classes=3, norm_layer=nn.BatchNorm2d)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
+    assert ({type(norm) for norm in norms}, len(norms)) == ({nn.BatchNorm2d}, 20)
