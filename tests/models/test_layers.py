@@ -39,6 +39,7 @@ def test_depthwise_is_left_plain():
     conv = Conv2d(8, 16, 3, groups=8)
     assert conv.gate is None
     assert torch.equal(conv.excited_weight(), conv.weight)
+    assert Conv2d(1, 16, 3).excites  # of one group, as on grey images
     network = excite(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)), select=lambda *_: True)
     assert [type(layer) is nn.Conv2d for layer in network] == [True, False]
 
