@@ -90,16 +90,18 @@ class ExcitedConv(_ConvNd):
         excitation: str = "we",
         formulation: str = "channel",
         standardize: bool = True,
+        device: torch.device | str | None = None,  # named here for torch.nn.utils.skip_init(), which looks for it
         **kwargs,
     ) -> None:
         settings = Settings(excitation, formulation, standardize)
         settings.check()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs | ({} if device is None else {"device": device}))
         self._set_up(settings)
 
     def _set_up(self, settings: Settings) -> None:
         if self.weight.is_complex():
             raise ValueError("complex weights can't be excited")
+        self.__class__ = LAYERS.get(type(self), type(self))
         self.settings = settings
         self.excitation, self.formulation = settings.excitation, settings.formulation
         self.standardize = settings.standardize
@@ -148,6 +150,9 @@ class ExcitedConv(_ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.excited_weight(), self.bias)
 
+    def _get_name(self) -> str:
+        return type(self).__name__.removeprefix("_")
+
     def extra_repr(self) -> str:
         plain = super().extra_repr()
         return f"{plain}, excitation={self.excitation}, formulation={self.formulation}, standardize={self.standardize}"
@@ -167,6 +172,34 @@ class Conv3d(ExcitedConv, nn.Conv3d):
 
 KINDS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}  # of a plain convolution, the excited one
 PLAIN = tuple(KINDS)
+
+
+class _Layer(ExcitedConv):
+    """The type of a layer that is excited already. A layer that is made by its type is plain, unless it is told more.
+
+    So LoRA, which makes its matrices by ``type(layer)(in_channels, rank, ...)``, trains them as they are.
+    """
+
+    def __new__(cls, *args, **kwargs) -> nn.Module:
+        is_made = bool(args or kwargs)  # and not copied
+        if is_made and kwargs.keys().isdisjoint(("excitation", "formulation", "standardize")):
+            return next(plain for plain in KINDS if issubclass(cls, plain))(*args, **kwargs)
+        return super().__new__(cls)
+
+
+class _Conv1d(_Layer, Conv1d):
+    pass
+
+
+class _Conv2d(_Layer, Conv2d):
+    pass
+
+
+class _Conv3d(_Layer, Conv3d):
+    pass
+
+
+LAYERS = {Conv1d: _Conv1d, Conv2d: _Conv2d, Conv3d: _Conv3d}  # of a class that makes layers, the layers' own
 
 
 @torch.fx.wrap  # a step of its own where a model is traced
@@ -316,13 +349,14 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     convs = [module for module in modules if isinstance(module, ExcitedConv) and _can_be_excited_once(module)]
     weights = _excited_weights(convs)
     leaves = [weight.detach().requires_grad_(_needs_grad(conv)) for conv, weight in zip(convs, weights, strict=True)]
-    hook = register_optimizer_step_pre_hook(functools.partial(_refuse_step, convs))
+    block = object()
     try:
+        _open_blocks[block] = convs
         for conv, leaf in zip(convs, leaves, strict=True):
             vars(conv).update(excited=leaf, source=_identify(conv.weight))
         yield
     finally:
-        hook.remove()
+        del _open_blocks[block]
         for conv, leaf in zip(convs, leaves, strict=True):
             vars(conv).update(excited=None, source=None)
             if leaf.requires_grad:
@@ -423,12 +457,20 @@ def _is_sharded(kind: type) -> bool:
     return not {"FullyShardedDataParallel", "FSDPModule"}.isdisjoint(base.__name__ for base in kind.__mro__)
 
 
-def _refuse_step(convs: list[ExcitedConv], optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+_open_blocks: dict[object, list[ExcitedConv]] = {}  # in all threads
+
+
+def _refuse_step(optimizer: torch.optim.Optimizer, *arguments: object) -> None:
+    convs = [conv for block in list(_open_blocks.values()) for conv in block]
     excited = {id(parameter) for conv in convs for parameter in conv.parameters() if parameter is not conv.bias}
-    if any(id(parameter) in excited for group in optimizer.param_groups for parameter in group["params"]):
+    if excited and any(id(parameter) in excited for group in optimizer.param_groups for parameter in group["params"]):
         raise RuntimeError(
             "an optimizer steps inside excited_once(): gradients reach its weights at the end of the block"
         )
+
+
+# Once and for all: a hook for each block would come and go while another thread's optimizer walks through them.
+register_optimizer_step_pre_hook(_refuse_step)
 
 
 def _refuse_backward(grad: Tensor) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import pickle
 import sys
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def test_one_and_three_dimensions(formulation, plain, norm, kernel):
     model = nn.Sequential(plain(4, 8, kernel), norm(8), plain(8, 2, 1)).double()
     reference = Conv2d(4, 8, (6, 1), formulation=formulation, dtype=torch.float64)
     excite(model, formulation=formulation)
-    assert [type(layer) for layer in model] == [KINDS[plain], norm, plain]
+    assert [*map(isinstance, model, (KINDS[plain], norm, plain))] == [True, True, True]
+    assert [type(layer) for layer in model][1:] == [norm, plain]
     state = model[0].state_dict()
     reference.load_state_dict(state | {"weight": state["weight"].view(8, 4, 6, 1)})
     batch = torch.randn(3, 4, *(7 for _ in kernel), dtype=torch.float64)
@@ -142,7 +144,7 @@ def test_a_layer_between_convolution_and_normalization():
     for between, is_excited in ((nn.ReLU(), True), (nn.Identity(), True), (nn.Linear(6, 6), False)):
         body = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), between, nn.BatchNorm2d(6)
         first, _, second, *_ = excite(nn.Sequential(*body))
-        assert (type(first), type(second)) == (Conv2d, Conv2d if is_excited else nn.Conv2d)
+        assert (isinstance(first, Conv2d), isinstance(second, Conv2d)) == (True, is_excited)
 
 
 def test_the_package_works_under_another_name(tmp_path):
@@ -154,3 +156,30 @@ def test_the_package_works_under_another_name(tmp_path):
         return importlib.import_module("theirs").create("l_resnet18", num_classes=2) is None
 
     assert in_a_process(body) == 0
+
+
+def test_a_layer_that_is_made_by_a_layers_type_is_plain():
+    """So LoRA trains its matrices as they are; what is told how to excite does it, and copies stay what they are."""
+    model = excite(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)), formulation="paper", standardize=False)
+    for layer in (model[0], Conv2d(3, 8, 3, formulation="paper", standardize=False)):
+        assert type(type(layer)(3, 2, 1, bias=False)) is nn.Conv2d
+        told = type(layer)(3, 2, 1, formulation="paper")
+        assert isinstance(told, Conv2d) and told.excites
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(copied) is type(layer) and copied.settings == layer.settings
+            assert torch.equal(copied.excited_weight(), layer.excited_weight())
+        assert repr(layer).startswith("Conv2d(\n  3, 8, ")
+
+
+def test_a_layer_without_initialization():
+    layer = nn.utils.skip_init(Conv2d, 16, 32, 3, formulation="paper")
+    assert layer.excites and layer.gate.fc1.weight.device == torch.device("cpu")
+
+
+def test_a_block_changes_nothing_for_others():
+    """Another thread's optimizer may be walking through the hooks of all optimizers."""
+    known = importlib.import_module("torch.optim.optimizer")._global_optimizer_pre_hooks
+    hooks = dict(known)
+    with excited_once(excite(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))):
+        assert hooks == known
+    assert not layers._open_blocks

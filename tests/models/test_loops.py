@@ -573,6 +573,25 @@ def test_a_compiled_network(formulation):
         check_loss(model, reference)
 
 
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_a_network_is_compiled_once_for_all_steps(options):
+    """Whatever optimizer writes to the weights: each raises their versions, and fused ones of some versions don't."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = network("paper")
+    reference = twin(model)
+    model.compile(backend="eager")
+    optimizers = [torch.optim.AdamW(each.parameters(), **options) for each in (model, reference)]
+    graphs = []
+    for _ in range(6):
+        check_loss(model, reference)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == 6 * graphs[:1]
+
+
 def test_after_an_exception_the_next_block_is_right():
     model = network()
     with pytest.raises(KeyboardInterrupt), excited_once(model):
