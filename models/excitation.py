@@ -68,8 +68,11 @@ def activation_map(weight: Tensor, maximum: Tensor | float | None = None) -> Ten
 
 
 def map_limit(maximum: Tensor) -> Tensor:
-    """MA, where the map has its pole, from M; above zero also for a layer of zeros."""
-    return (MAP_MARGIN * maximum).clamp(min=torch.finfo(maximum.dtype).tiny)
+    """MA, where the map has its pole, from M; above zero also for a layer of zeros.
+
+    So far above that a weight over MA is finite: the slope takes it times its gate, and all gates may be exactly 0.
+    """
+    return (MAP_MARGIN * maximum).clamp(min=1e8 * torch.finfo(maximum.dtype).tiny)
 
 
 class Gate(nn.Module):

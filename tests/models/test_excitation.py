@@ -143,6 +143,17 @@ def test_constant_filters_stay_finite(fill, settings):
         assert not weight.any()
 
 
+def test_gates_that_are_all_zero(settings):
+    """A sigmoid of less than -104 is, in float32."""
+    conv = Conv2d(8, 8, 3, **settings)
+    with torch.no_grad():
+        conv.weight.mul_(1000)
+        if conv.gate is not None:
+            conv.gate.fc2.bias.fill_(-500)
+    conv.excited_weight().sum().backward()
+    assert all(p.grad.isfinite().all() for p in conv.parameters() if p.grad is not None)
+
+
 def test_a_filter_of_one_element_is_refused():
     with pytest.raises(ValueError, match="one element"):
         standardize(torch.randn(3, 1, 1, 1))
