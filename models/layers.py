@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
@@ -126,7 +127,7 @@ class ExcitedConv(_ConvNd):
                 return self.excited
             if self.source is None:  # in a replica
                 return self.excited.to(self.weight.device)
-            if self.source == _identify(self.weight):
+            if self.source == _identify(self):
                 return self.excited
         layer = self.layer()
         if layer.is_known():
@@ -206,8 +207,13 @@ LAYERS = {Conv1d: _Conv1d, Conv2d: _Conv2d, Conv3d: _Conv3d}  # of a class that 
 def _excite(weight: Tensor, settings: Settings, *gate: Tensor) -> Tensor:
     """The excited weight, by the tensors of the gate's layers."""
     with full_precision(weight):
-        # Nothing that traces can trace the fused form; torch.compile fuses the plain one itself.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        # Nothing that traces can trace the fused form, nor has it a derivative in forward mode.
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+            or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in (weight, *gate))
+        ):
             raw, gates = _raw(weight), functools.partial(fused.plain_gates, settings, gate)
             return _like(weight, excitation.excite_weight(raw, settings, gates))
         return _like(weight, fused.excite_weight(_raw(weight), settings, gate))
@@ -223,9 +229,9 @@ def _like(weight: Tensor, excited: Tensor) -> Tensor:
     return excited.to(weight.dtype) if weight.ndim == 4 else excited.to(weight.dtype).reshape(weight.shape)
 
 
-def _identify(weight: Tensor) -> tuple[int, int]:
-    """Which tensor it is, and how often it was written to."""
-    return id(weight), 0 if weight.is_inference() else weight._version
+def _identify(conv: ExcitedConv) -> list[tuple[int, int]]:
+    """Which tensors it is excited by, and how often each was written to."""
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in _own_tensors(conv)]
 
 
 def excite(
@@ -334,8 +340,9 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     Inside, each excited convolution has its excited weight in the attribute ``excited``, a leaf that gathers the
     gradient of every micro-batch, also from DataParallel's replicas; ``weight`` stays the raw parameter. At the end,
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
-    unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it. A weight that is
-    replaced or written to inside is excited anew in each forward pass. After an exception nothing flows; under
+    unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it, as inside it doesn't
+    reach what is gathered. A layer whose weight or gate is replaced or written to inside excites in each forward pass
+    from there on, unless by ``parameter.data``, which nothing notices. After an exception nothing flows; under
     DistributedDataParallel, which waits for those gradients, the next forward pass then raises. The excited weights and
     their gradients must not be kept: the next block overwrites the weights, and leaving this block the gradients.
 
@@ -347,13 +354,14 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     _refuse_wrappers(modules)
     convs = [module for module in modules if isinstance(module, ExcitedConv) and _can_be_excited_once(module)]
-    weights = _excited_weights(convs)
+    with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):  # it may be enabled inside the block alone
+        weights = _excited_weights(convs)
     leaves = [weight.detach().requires_grad_(_needs_grad(conv)) for conv, weight in zip(convs, weights, strict=True)]
     block = object()
     try:
         _open_blocks[block] = convs
         for conv, leaf in zip(convs, leaves, strict=True):
-            vars(conv).update(excited=leaf, source=_identify(conv.weight))
+            vars(conv).update(excited=leaf, source=_identify(conv))
         yield
     finally:
         del _open_blocks[block]
@@ -374,7 +382,7 @@ def _can_be_excited_once(conv: ExcitedConv) -> bool:
 
 def _needs_grad(conv: ExcitedConv) -> bool:
     """Whether the layer's own weight or gate is trained: of frozen layers, no activation is kept for a gradient."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _own_tensors(conv))
+    return not torch.is_inference_mode_enabled() and any(tensor.requires_grad for tensor in _own_tensors(conv))
 
 
 def _own_tensors(conv: ExcitedConv) -> list[Tensor]:

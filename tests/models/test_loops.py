@@ -14,6 +14,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
@@ -666,3 +667,51 @@ def test_a_block_takes_the_memory_of_the_one_before():
         with excited_once(conv):
             held.append(conv.excited)
     assert held[0].data_ptr() == held[1].data_ptr()
+
+
+def test_gradients_that_are_enabled_inside_a_block(formulation):
+    model = network(formulation)
+    reference, batch = twin(model), images()
+    with torch.no_grad(), excited_once(model), torch.enable_grad():
+        loss(model, batch).backward()
+    loss(reference, batch).backward()
+    same(*([parameter.grad for parameter in each.parameters()] for each in (model, reference)))
+
+
+@pytest.mark.parametrize("write", ["in place", "another"])
+def test_a_gate_that_is_written_to_inside_a_block(formulation, write):
+    model, batch = network(formulation), images()
+    reference = twin(model)
+    with torch.no_grad(), excited_once(model):
+        model(batch)
+        for each in (model, reference):
+            bias = each[0].gate.fc2.bias
+            if write == "in place":
+                bias.add_(3)
+            else:
+                each[0].gate.fc2.bias = nn.Parameter(bias + 3)
+        same([model(batch)], [reference(batch)])
+
+
+def test_derivatives_in_forward_mode(formulation):
+    """By torch.autograd.forward_ad, against two backward passes."""
+    conv = layer(formulation)
+    raw, along = conv.weight.detach(), torch.randn_like(conv.weight)
+
+    def excited(weight):
+        return torch.func.functional_call(Weight(conv), {"conv.weight": weight}, ())
+
+    _, expected = torch.autograd.functional.jvp(excited, raw, along)
+    with forward_ad.dual_level():
+        same([forward_ad.unpack_dual(excited(forward_ad.make_dual(raw, along))).tangent], [expected])
+
+
+class Weight(nn.Module):
+    """Gives a convolution's excited weight."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self):
+        return self.conv.excited_weight()
