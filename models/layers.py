@@ -231,7 +231,10 @@ def _like(weight: Tensor, excited: Tensor) -> Tensor:
 
 def _identify(conv: ExcitedConv) -> list[tuple[int, int]]:
     """Which tensors it is excited by, and how often each was written to."""
-    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in _own_tensors(conv)]
+    # Not by parameters(), which takes several times as long: this is asked in each forward pass.
+    modules = () if conv.gate is None else (conv.gate, *conv.gate._modules.values())
+    tensors = [conv.weight, *(tensor for module in modules for tensor in module._parameters.values())]
+    return [(id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 def excite(
