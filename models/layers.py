@@ -248,8 +248,8 @@ def excite(
 
     Without ``select``, these are the convolutions that a normalization follows, in the order of the model's modules;
     without one, as behind squeeze-and-excitation layers and heads, the activations would saturate. Depthwise
-    convolutions and subclasses of PyTorch's are left as they are. Do it before the optimizer, wrappers and copies for
-    averaging are made, and after weights are loaded.
+    convolutions are left as they are, and so are those whose class has a forward pass of its own. Do it before the
+    optimizer, wrappers and copies for averaging are made, and after weights are loaded.
 
     Args:
         module: changed in place. A single convolution is always excited.
@@ -277,7 +277,7 @@ def excite(
         elif "weight" not in conv._parameters or conv.weight.is_complex():
             kind = "complex" if conv.weight.is_complex() else "reparametrized, which must come after excite()"
             raise ValueError(f"the weight of {name or 'the layer'} is {kind}")
-        elif type(conv) in KINDS:
+        elif plain_kind(conv) is not None:
             chosen.append(conv)
     if not chosen and not any(isinstance(conv, ExcitedConv) for conv in convs.values()):
         raise ValueError(
@@ -285,9 +285,17 @@ def excite(
             "normalization follows, or that select= names"
         )
     for conv in chosen:
-        conv.__class__ = KINDS[type(conv)]
+        conv.__class__ = KINDS[plain_kind(conv)]
         conv._set_up(settings)
     return module
+
+
+def plain_kind(conv: _ConvNd) -> type[_ConvNd] | None:
+    """PyTorch's class whose forward pass a convolution has; None if its class has one of its own."""
+    for kind in PLAIN:
+        if type(conv).forward is kind.forward and type(conv)._conv_forward is kind._conv_forward:
+            return kind
+    return None
 
 
 def before_normalization(model: nn.Module) -> set[_ConvNd]:

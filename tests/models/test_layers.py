@@ -183,3 +183,25 @@ def test_a_block_changes_nothing_for_others():
     with excited_once(excite(nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8)))):
         assert hooks == known
     assert not layers._open_blocks
+
+
+class WithDefaults(nn.Conv2d):
+    """As torchvision's Conv3DSimple."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, bias=False)
+
+
+class WithForward(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(input)
+
+
+def test_subclasses_of_pytorchs_convolutions():
+    """Those without a forward pass of their own are what they derive from."""
+    model = nn.Sequential(WithDefaults(4), nn.GroupNorm(1, 4), WithForward(4, 4, 1), nn.GroupNorm(1, 4))
+    weight = model[0].weight
+    excite(model)
+    assert isinstance(model[0], Conv2d) and model[0].weight is weight
+    assert type(model[2]) is WithForward
+    assert type(fold(model)[0]) is nn.Conv2d
