@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .excitation import ChannelGate, Gate, name_in_words
 from .imagenet import resnet, resnext
-from .layers import PLAIN, ExcitedConv, excite, fold, is_depthwise
+from .layers import PLAIN, ExcitedConv, excite, fold, is_depthwise, plain_kind
 
 EXCITED = {
     name: constructor
@@ -116,10 +116,14 @@ def describe(model: nn.Module) -> str:
     parts += [f"{letters.upper()} ({name_in_words(half)})" for letters, half in first.settings.halves().items()]
     text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
     depthwise = sum(is_depthwise(conv) for conv in every)
-    others = len(every) - len(convs) - depthwise
+    plain = [conv for conv in every if not isinstance(conv, ExcitedConv) and not is_depthwise(conv)]
+    own = sum(plain_kind(conv) is None for conv in plain)
+    others = len(every) - len(convs) - depthwise - own
     left = []
     if depthwise:
         left.append(f"{depthwise} are depthwise")
+    if own:
+        left.append(f"{own} have a forward pass of their own")
     if others:
         left.append(f"no normalization follows {others}")
     if left:

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
+import models
 from models import layers
 from models.imagenet.resnet import BasicBlock, ResNet
 from models.layers import KINDS, Conv2d, excite, excited_once, fold
@@ -204,4 +205,5 @@ def test_subclasses_of_pytorchs_convolutions():
     excite(model)
     assert isinstance(model[0], Conv2d) and model[0].weight is weight
     assert type(model[2]) is WithForward
+    assert models.describe(model).endswith("1 of 2 convolutions excited (1 have a forward pass of their own)")
     assert type(fold(model)[0]) is nn.Conv2d
