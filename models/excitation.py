@@ -72,7 +72,7 @@ def map_limit(maximum: Tensor) -> Tensor:
 
     So far above that a weight over MA is finite: the slope takes it times its gate, and all gates may be exactly 0.
     """
-    return (MAP_MARGIN * maximum).clamp(min=1e8 * torch.finfo(maximum.dtype).tiny)
+    return (MAP_MARGIN * maximum).clamp(min=max(torch.finfo(maximum.dtype).tiny, 1e-30))
 
 
 class Gate(nn.Module):
@@ -80,13 +80,14 @@ class Gate(nn.Module):
 
     Subclasses are made with (in_channels, out_channels, groups, device, dtype) of a convolution, and have the PARTS:
 
-    - ``NEUTRAL``, the scaled statistic of a weight that tells the gate nothing;
     - ``statistic(raw, weight)``, of the weight as it is and as it is gated, both (O, I, kh, kw);
     - ``scaled(statistic)``, what FC1 takes;
     - ``broadcast(gates)``, the gates in a shape that scales the weight.
+
+    For pictures, they also have ``NEUTRAL``: the scaled statistic of a weight that tells the gate nothing.
     """
 
-    PARTS = ("NEUTRAL", "statistic", "scaled", "broadcast")
+    PARTS = ("statistic", "scaled", "broadcast")
     NEUTRAL: float
 
     def __init__(self, features: int, hidden: int, device=None, dtype=None):
@@ -232,7 +233,8 @@ class Settings:
             if isinstance(half, nn.Module) or (isinstance(half, type) and not is_gate(half)):
                 hint = "is neither a subclass of Gate nor a function; what has parameters is a gate"
                 raise ValueError(f"formulation {self.formulation!r}: {name_in_words(half)} {hint}")
-            lacking = [part for part in Gate.PARTS if is_gate(half) and not hasattr(half, part)]
+            parts = Gate.PARTS if is_gate(half) and half.forward is Gate.forward else ()
+            lacking = [part for part in parts if not hasattr(half, part)]
             if lacking:
                 raise ValueError(f"formulation {self.formulation!r}: {half.__name__} lacks {lacking[0]}; see Gate")
         gates = [is_gate(half) for half in self.halves().values()]

@@ -36,13 +36,19 @@ class Inspected(NamedTuple):
 
 @torch.no_grad()
 def inspect_layers(model: nn.Module) -> Iterator[Inspected]:
-    """The network's excited convolutions, from the first to the last."""
+    """The network's excited convolutions of images, from the first to the last.
+
+    Raises:
+        ValueError: a gate doesn't say which statistic tells it nothing.
+    """
     for name, conv in model.named_modules():
         if isinstance(conv, Conv2d) and conv.excites:
             raw = conv.weight.float()
             weight = standardize(raw) if conv.standardize else raw
             gates = constants = argument = gain = None
             if conv.gate is not None:
+                if not hasattr(conv.gate, "NEUTRAL"):
+                    raise ValueError(f"{type(conv.gate).__name__} has no NEUTRAL; see Gate in models/excitation.py")
                 statistic = conv.gate.statistic(raw, weight)
                 gates = conv.gate(statistic)
                 constants = conv.gate(torch.full_like(statistic, conv.gate.NEUTRAL))

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
-from .excitation import Gate, Settings
+from .excitation import ChannelGate, Gate, LocationGate, Settings
 from .fused import Layer, full_precision, in_4d
 
 # What an excited convolution has beside the gate, and a plain one lacks.
@@ -49,7 +49,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript leaves out a block of its own alone
-            if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+            if isinstance(input, Tensor) and input.dtype != self.weight.dtype:  # torch.fx gives no tensor
                 return self._in_the_type_of(input)
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
@@ -73,6 +73,8 @@ class ExcitedConv(_ConvNd):
     ``weight`` stays the raw parameter, and the gate, where there is one, is the submodule ``gate`` with ``fc1`` and
     ``fc2``. What is excited depends on the weights alone, never on the input or on calls that went before: replicas,
     evaluation and a resumed run all see the same. A depthwise convolution is left plain.
+
+    Its type, from then on, makes plain layers: ``type(layer)(...)``, as LoRA does it, is not excited unless told how.
 
     Args:
         excitation: ``we`` (both), ``mwe``, ``lwe`` or ``none``.
@@ -152,7 +154,7 @@ class ExcitedConv(_ConvNd):
         return self._conv_forward(input, self.excited_weight(), self.bias)
 
     def _get_name(self) -> str:
-        return type(self).__name__.removeprefix("_")
+        return type(self).__name__.replace("_Conv", "Conv")
 
     def extra_repr(self) -> str:
         plain = super().extra_repr()
@@ -173,6 +175,9 @@ class Conv3d(ExcitedConv, nn.Conv3d):
 
 KINDS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}  # of a plain convolution, the excited one
 PLAIN = tuple(KINDS)
+# What a class has that only sets defaults: __init__() and what Python gives to all.
+OF_EVERY_CLASS = {"__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__annotate_func__"}
+OF_EVERY_CLASS |= {"__annotations_cache__", "__static_attributes__", "__firstlineno__"}
 
 
 class _Layer(ExcitedConv):
@@ -231,8 +236,11 @@ def _like(weight: Tensor, excited: Tensor) -> Tensor:
 
 def _identify(conv: ExcitedConv) -> list[tuple[int, int]]:
     """Which tensors it is excited by, and how often each was written to."""
-    # Not by parameters(), which takes several times as long: this is asked in each forward pass.
-    modules = () if conv.gate is None else (conv.gate, *conv.gate._modules.values())
+    modules = ()
+    if type(conv.gate) in (ChannelGate, LocationGate):  # in a fraction of the time, as each forward pass asks for it
+        modules = conv.gate, conv.gate.fc1, conv.gate.fc2
+    elif conv.gate is not None:
+        modules = conv.gate.modules()
     tensors = [conv.weight, *(tensor for module in modules for tensor in module._parameters.values())]
     return [(id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version) for tensor in tensors]
 
@@ -248,8 +256,9 @@ def excite(
 
     Without ``select``, these are the convolutions that a normalization follows, in the order of the model's modules;
     without one, as behind squeeze-and-excitation layers and heads, the activations would saturate. Depthwise
-    convolutions are left as they are, and so are those whose class has a forward pass of its own. Do it before the
-    optimizer, wrappers and copies for averaging are made, and after weights are loaded.
+    convolutions are left as they are, and so are those whose class has methods of its own; one that only sets defaults
+    is gone for PyTorch's. Do it before the optimizer, wrappers and copies for averaging are made, and after weights are
+    loaded. ``type(layer)(...)`` of an excited layer makes a plain one, unless it is told how to excite.
 
     Args:
         module: changed in place. A single convolution is always excited.
@@ -291,10 +300,12 @@ def excite(
 
 
 def plain_kind(conv: _ConvNd) -> type[_ConvNd] | None:
-    """PyTorch's class whose forward pass a convolution has; None if its class has one of its own."""
+    """PyTorch's class that a convolution is of, by itself or by a class that only sets defaults; None of any other."""
     for kind in PLAIN:
-        if type(conv).forward is kind.forward and type(conv)._conv_forward is kind._conv_forward:
-            return kind
+        if isinstance(conv, kind):
+            between = type(conv).__mro__[: type(conv).__mro__.index(kind)]
+            own = {name: value for base in between for name, value in vars(base).items() if name not in OF_EVERY_CLASS}
+            return kind if all(isinstance(value, staticmethod) for value in own.values()) else None
     return None
 
 
@@ -353,7 +364,8 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
     unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it, as inside it doesn't
     reach what is gathered. A layer whose weight or gate is replaced or written to inside excites in each forward pass
-    from there on, unless by ``parameter.data``, which nothing notices. After an exception nothing flows; under
+    from there on, unless by ``parameter.data``, which nothing notices, or in a network that is compiled. To evaluate,
+    :func:`fold`: under ``no_grad()``, a block keeps what gradients would need. After an exception nothing flows; under
     DistributedDataParallel, which waits for those gradients, the next forward pass then raises. The excited weights and
     their gradients must not be kept: the next block overwrites the weights, and leaving this block the gradients.
 

@@ -16,6 +16,8 @@ from models.excitation import FORMULATIONS, ChannelGate, Gate
 from models.inspection import inspect_layers
 from models.layers import Conv2d, excite, excited_once, fold
 from tests.helpers import EXCITED, assert_refused, assert_same_run, checkpoint, run_example
+from utils.cli.outputs import visualize
+from utils.errors import BadInput
 from utils.network.parallel import over_devices
 
 
@@ -160,3 +162,20 @@ def test_a_gate_that_lacks_a_part(monkeypatch):
     monkeypatch.setitem(FORMULATIONS, "half", {"mwe": Half})
     with pytest.raises(ValueError, match="formulation 'half': Half lacks scaled; see Gate"):
         Conv2d(4, 4, 3, formulation="half")
+
+
+def test_a_gate_without_a_neutral_statistic_has_no_picture(monkeypatch):
+    class Own(Gate):
+        statistic = staticmethod(lambda raw, weight: weight.mean((1, 2, 3)))
+
+        def __init__(self, inputs, outputs, groups, device=None, dtype=None):
+            super().__init__(outputs, 1, device, dtype)
+
+        def forward(self, statistic):
+            return self.fc2(self.fc1(statistic).relu()).sigmoid()[:, None, None, None]
+
+    monkeypatch.setitem(FORMULATIONS, "own", {"mwe": Own})
+    model = nn.Sequential(Conv2d(4, 4, 3, formulation="own"))
+    assert model(torch.randn(1, 4, 5, 5)).isfinite().all()
+    with pytest.raises(BadInput, match="--visualize: Own has no NEUTRAL; see Gate"):
+        visualize(None, {"file": "x"}, model)

@@ -121,7 +121,7 @@ def test_map_has_the_papers_derivative():
     assert slope[0].item() == pytest.approx(5.7619, abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype, precision", [(torch.float64, 1e-15), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("dtype, precision", [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.float16, 1e-2)])
 def test_map_by_a_maximum_that_is_given(dtype, precision):
     """As a number or a tensor, in the weight's type."""
     weight = torch.linspace(-0.3, 0.3, 7, dtype=dtype)

@@ -14,6 +14,7 @@ from torch import nn
 
 import models
 from models import layers
+from models.excitation import FORMULATIONS, ChannelGate
 from models.imagenet.resnet import BasicBlock, ResNet
 from models.layers import KINDS, Conv2d, excite, excited_once, fold
 from tests.helpers import copy_folder, in_a_process
@@ -198,8 +199,17 @@ class WithForward(nn.Conv2d):
         return super().forward(input)
 
 
+class WithCall(nn.Conv2d):
+    def __call__(self, input):
+        return super().__call__(input)
+
+
+class WithSlots(nn.Conv2d):
+    __slots__ = ("own",)
+
+
 def test_subclasses_of_pytorchs_convolutions():
-    """Those without a forward pass of their own are what they derive from."""
+    """Those that only set defaults are what they derive from."""
     model = nn.Sequential(WithDefaults(4), nn.GroupNorm(1, 4), WithForward(4, 4, 1), nn.GroupNorm(1, 4))
     weight = model[0].weight
     excite(model)
@@ -207,3 +217,31 @@ def test_subclasses_of_pytorchs_convolutions():
     assert type(model[2]) is WithForward
     assert models.describe(model).endswith("1 of 2 convolutions excited (1 have a forward pass of their own)")
     assert type(fold(model)[0]) is nn.Conv2d
+    bias = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1), "bias", dim=None)
+    for conv in (nn.LazyConv2d(4, 1), bias, WithCall(4, 4, 1), WithSlots(4, 4, 1)):
+        kind = type(conv)
+        assert type(excite(nn.Sequential(*model, conv, nn.GroupNorm(1, 4)))[-2]) is kind
+
+
+def test_a_norm_of_another_type_than_its_input():
+    """As where norms are kept in float32."""
+    norm, images = layers.group_norm(32), torch.randn(2, 32, 3, 3)
+    for kind in (torch.bfloat16, torch.float64):
+        torch.testing.assert_close(norm(images.to(kind)), norm(images).to(kind), rtol=0.02, atol=0.02)
+
+
+def test_a_deep_gate_that_is_written_to(monkeypatch):
+    class Deep(ChannelGate):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            self.body, self.none = nn.Sequential(nn.Sequential(nn.Linear(4, 4))), None
+
+        def forward(self, statistic):
+            return self.broadcast(self.body(self.scaled(statistic)))
+
+    monkeypatch.setitem(FORMULATIONS, "deep", {"mwe": Deep})
+    conv = Conv2d(4, 4, 3, formulation="deep")
+    with torch.no_grad(), excited_once(conv):
+        before = conv.excited_weight()
+        conv.gate.body[0][0].bias.add_(1)
+        assert not torch.equal(conv.excited_weight(), before)

@@ -78,11 +78,11 @@ class Options(argparse.Namespace):
 
     def of(self, kind: Kind) -> dict[str, object]:
         """Those that are of this kind, or of all of these."""
-        return {name: value for name, value in vars(self).items() if kind in self.kinds[name]}
+        return {name: value for name, value in vars(self).items() if kind in self.kinds.get(name, SETTING)}
 
     def but(self, kind: Kind) -> dict[str, object]:
         """All others."""
-        return {name: value for name, value in vars(self).items() if kind not in self.kinds[name]}
+        return {name: value for name, value in vars(self).items() if kind not in self.kinds.get(name, SETTING)}
 
 
 class Parser(argparse.ArgumentParser):

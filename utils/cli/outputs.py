@@ -37,7 +37,10 @@ def visualize(args: Options, saved: dict, model: nn.Module) -> None:
     Raises:
         BadInput: it can't be written, or there is nothing to draw.
     """
-    layers = list(inspect_layers(model))
+    try:
+        layers = list(inspect_layers(model))
+    except ValueError as error:
+        raise BadInput(f"--visualize: {error}") from error
     if not layers:
         raise BadInput(f"--visualize: {saved['file']} has plain weights; there is nothing to see")
     title = f"{options.describe_network(args)}, seed {args.seed}, after epoch {saved['epoch']}"

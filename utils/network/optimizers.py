@@ -25,7 +25,7 @@ def adamw(args: argparse.Namespace, groups: list[dict]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
 
 
-# Of --optimizer: from its options and groups of parameters. Any of torch's will do; fused ones step without waiting.
+# Of --optimizer, by options and groups of parameters: any whose state is numbers and tensors of a parameter's shape.
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
 
 

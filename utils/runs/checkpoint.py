@@ -166,7 +166,8 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "log": len(log) <= checkpoint["epoch"]
         and any(all(floats(row, len(columns)) for row in log) for columns in (COLUMNS, OLD_COLUMNS)),
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
-        "options": checkpoint["options"].get("arch") == checkpoint["arch"],
+        "options": checkpoint["options"].get("arch") == checkpoint["arch"]
+        and all(isinstance(name, str) for name in checkpoint["options"]),
         "optimizer": are_finite(state),
         "versions": all(isinstance(text, str) for text in checkpoint["versions"].values()),
     }

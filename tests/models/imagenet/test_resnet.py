@@ -175,7 +175,8 @@ def test_what_torchvision_asks_of_its_own_networks(is_folded):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_another_norm():
-    model = models.EXCITED["l_resnet18"](num_classes=3, norm_layer=nn.BatchNorm2d)
+@pytest.mark.parametrize("arch, count", [("l_resnet18", 20), ("l_resnet50", 53)])
+def test_another_norm(arch, count):
+    model = models.EXCITED[arch](num_classes=3, norm_layer=nn.BatchNorm2d)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.GroupNorm)]
-    assert ({type(norm) for norm in norms}, len(norms)) == ({nn.BatchNorm2d}, 20)
+    assert ({type(norm) for norm in norms}, len(norms)) == ({nn.BatchNorm2d}, count)
