@@ -7,15 +7,16 @@ import signal
 import time
 from argparse import Namespace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from tests.helpers import PATIENCE
+from tests.helpers import PATIENCE, in_a_process
 from utils.errors import RunFailed
 from utils.images.folders import ImageFolder
 from utils.images.samples import Sample, Samples, collate
-from utils.images.workers import Workers, warn_of_shared_memory
+from utils.images.workers import Workers, start_worker, warn_of_shared_memory
 
 
 def test_a_batch_of_samples():
@@ -88,3 +89,25 @@ def test_a_worker_that_can_not_be_started(images, monkeypatch):
         workers.load(splits, iter([[("val", 0, 0)]]))
     calls[0].join(PATIENCE)
     assert calls[0].exitcode == -signal.SIGKILL
+
+
+def test_a_worker_ends_with_the_main_process(tmp_path):
+    """PyTorch watches whoever started it, which may be the fork server."""
+
+    def body() -> int:
+        multiprocessing.parent_process = lambda: SimpleNamespace(join=(tmp_path / "the main process ended").touch)
+        start_worker(0)
+        time.sleep(PATIENCE)
+        return 2
+
+    assert in_a_process(body) == 1
+    assert (tmp_path / "the main process ended").exists()
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_batches_for_a_gpu_are_in_pinned_memory(monkeypatch, is_gpu):
+    """Only from there are they copied without waiting."""
+    loader = Mock(return_value=[])
+    monkeypatch.setattr("utils.images.workers.DataLoader", loader)
+    Workers(0, is_gpu).load({}, iter([]))
+    assert loader.call_args.kwargs["pin_memory"] is is_gpu
