@@ -176,8 +176,10 @@ class Conv3d(ExcitedConv, nn.Conv3d):
 KINDS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}  # of a plain convolution, the excited one
 PLAIN = tuple(KINDS)
 # What a class has that only sets defaults: __init__() and what Python gives to all.
-OF_EVERY_CLASS = {"__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__annotate_func__"}
-OF_EVERY_CLASS |= {"__annotations_cache__", "__static_attributes__", "__firstlineno__"}
+OF_EVERY_CLASS = {
+    *("__init__", "__module__", "__doc__", "__qualname__", "__static_attributes__", "__firstlineno__"),
+    *("__annotations__", "__annotations_cache__", "__annotate_func__"),
+}
 
 
 class _Layer(ExcitedConv):
@@ -189,7 +191,7 @@ class _Layer(ExcitedConv):
     def __new__(cls, *args, **kwargs) -> nn.Module:
         is_made = bool(args or kwargs)  # and not copied
         if is_made and kwargs.keys().isdisjoint(("excitation", "formulation", "standardize")):
-            return next(plain for plain in KINDS if issubclass(cls, plain))(*args, **kwargs)
+            return _base(cls)(*args, **kwargs)
         return super().__new__(cls)
 
 
@@ -276,7 +278,7 @@ def excite(
     settings.check()
     convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, PLAIN)}
     normalized = {module} | before_normalization(module)
-    chosen = []
+    chosen = {}  # PyTorch's class of each
     for name, conv in convs.items():
         if not (conv in normalized if select is None else select(name, conv)) or is_depthwise(conv):
             continue
@@ -286,27 +288,30 @@ def excite(
         elif "weight" not in conv._parameters or conv.weight.is_complex():
             kind = "complex" if conv.weight.is_complex() else "reparametrized, which must come after excite()"
             raise ValueError(f"the weight of {name or 'the layer'} is {kind}")
-        elif plain_kind(conv) is not None:
-            chosen.append(conv)
+        elif (base := plain_kind(conv)) is not None:
+            chosen[conv] = base
     if not chosen and not any(isinstance(conv, ExcitedConv) for conv in convs.values()):
         raise ValueError(
             f"none of {len(convs)} convolutions can be excited: it takes plain ones, not depthwise, that a "
             "normalization follows, or that select= names"
         )
-    for conv in chosen:
-        conv.__class__ = KINDS[plain_kind(conv)]
+    for conv, base in chosen.items():
+        conv.__class__ = KINDS[base]
         conv._set_up(settings)
     return module
 
 
 def plain_kind(conv: _ConvNd) -> type[_ConvNd] | None:
     """PyTorch's class that a convolution is of, by itself or by a class that only sets defaults; None of any other."""
-    for kind in PLAIN:
-        if isinstance(conv, kind):
-            between = type(conv).__mro__[: type(conv).__mro__.index(kind)]
-            own = {name: value for base in between for name, value in vars(base).items() if name not in OF_EVERY_CLASS}
-            return kind if all(isinstance(value, staticmethod) for value in own.values()) else None
-    return None
+    base, classes = _base(type(conv)), type(conv).__mro__
+    own = [item for kind in classes[: classes.index(base)] for item in vars(kind).items()]
+    only_defaults = all(name in OF_EVERY_CLASS or isinstance(value, staticmethod) for name, value in own)
+    return base if only_defaults else None
+
+
+def _base(kind: type[_ConvNd]) -> type[_ConvNd]:
+    """PyTorch's class that a class of convolutions derives from."""
+    return next(plain for plain in PLAIN if issubclass(kind, plain))
 
 
 def before_normalization(model: nn.Module) -> set[_ConvNd]:
@@ -350,7 +355,7 @@ def fold(model: nn.Module) -> nn.Module:
             del conv.gate
             for name in ADDED:
                 delattr(conv, name)
-            conv.__class__ = next(plain for plain in KINDS if isinstance(conv, plain))
+            conv.__class__ = _base(type(conv))
             conv.weight = weight
     return folded
 

@@ -96,10 +96,6 @@ class Parser(argparse.ArgumentParser):
         self.kinds: dict[str, Kind] = {}  # of each option of a group
         super().__init__(**settings)
 
-    def named(self, kind: Kind) -> list[str]:
-        """The options that are of this kind, or of all of these."""
-        return [name for name, kinds in self.kinds.items() if kind in kinds]
-
     def group(self, title: str, kind: Kind = SETTING) -> Callable[..., None]:
         """Begin a group; returns its add_argument(), which also takes a ``kind``, by default the group's."""
         group, usual = self.add_argument_group(title), kind

@@ -39,30 +39,29 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
     Raises:
         BadInput: options or checkpoint can't be used, or not together.
     """
-    defaults = vars(parser.parse_args([]))
-    not_given = object()
+    usual = parser.parse_args([])
+    defaults, not_given = vars(usual), object()
     given = vars(parser.parse_args(argv, Options(parser.kinds, **dict.fromkeys(defaults, not_given))))
     given = {name: value for name, value in given.items() if value is not not_given}
     demo = DEMO if "demo" in given else {}
     if torchrun.RESTARTS:
-        given = of_restart(parser, given, folder_of(defaults | demo | given))
-    outputs = parser.named(Kind.OUTPUT)
+        given = of_restart(usual, given, folder_of(defaults | demo | given))
+    outputs = usual.of(Kind.OUTPUT)
     if "init" in given:
         for name in ("resume", "pretrained", *outputs):
             refuse(given.get(name), f"--init: it can't be combined with {flag(name)}; leave one out")
     saved = checkpoint.find(given["resume"], "--resume") if "resume" in given else None
     init = checkpoint.find(given["init"], "--init") if "init" in given else None
     if saved and saved["options"]:  # what an older run doesn't name, it had by default
-        defaulted = {name: value for name, value in defaults.items() if name not in parser.named(Kind.ONCE)}
-        saved["options"] = defaulted | saved["options"]
+        saved["options"] = usual.but(Kind.ONCE) | saved["options"]
     run = of_checkpoint(parser, saved) if saved else {}
-    if saved and {*outputs} & given.keys():
+    if saved and outputs.keys() & given.keys():
         take_average(saved)
     if init:
         take_average(init)
         # Of the options of its run, if it has them, those that make the network.
         options = of_checkpoint(parser, init, "--init")
-        run = {name: options[name] for name in ("arch", *parser.named(Kind.KEYWORD | Kind.FIXED)) if name in options}
+        run = {name: options[name] for name in ("arch", *usual.of(Kind.KEYWORD | Kind.FIXED)) if name in options}
     args = Options(parser.kinds, **defaults | demo | run | given)
     size = init["options"].get("image_size") if init else None
     if size not in (None, args.image_size):
@@ -91,16 +90,15 @@ def folder_of(options: dict) -> str:
     return options["checkpoint"] or f"checkpoints/imagenet/{options['arch']}"
 
 
-def of_restart(parser: Parser, given: dict, folder: str) -> dict:
+def of_restart(usual: Options, given: dict, folder: str) -> dict:
     """The options by which torchrun's restart goes on with what the run has done, and replaces nothing."""
-    if {*parser.named(Kind.OUTPUT)} & given.keys():
+    if usual.of(Kind.OUTPUT).keys() & given.keys():
         return given
     # Without --overwrite, what the folder holds is this run's: the first start refuses any other's.
     is_own = "overwrite" not in given and ("resume" not in given or "checkpoint" in given)
     if is_own and os.path.exists(os.path.join(folder, LAST)):
-        given = {name: value for name, value in given.items() if name not in parser.named(Kind.BEGINNING)} | {
-            "resume": folder
-        }
+        beginning = usual.of(Kind.BEGINNING)
+        given = {name: value for name, value in given.items() if name not in beginning} | {"resume": folder}
     return given | {"overwrite": False}
 
 
@@ -123,17 +121,14 @@ def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict
     """
     if not saved["options"]:
         return {}
-    actions = {
-        action.dest: action for action in parser._actions if action.dest not in (*parser.named(Kind.ONCE), "help")
-    }
+    of_runs = parser.parse_args([]).but(Kind.ONCE)
+    actions = {action.dest: action for action in parser._actions if action.dest in of_runs}
     for name, value in saved["options"].items():
         choices = actions[name].choices if name in actions else ()
         is_newer = choices is not None and isinstance(value, str) and value not in choices
         hint = "which this script doesn't have; take the one, or the version, that adds it"
-        refuse(
-            name not in actions or is_newer,
-            f"{source}: {saved['file']} is of a run with {flag(name)} {value}, {hint}",
-        )
+        is_newer = is_newer or name not in actions
+        refuse(is_newer, f"{source}: {saved['file']} is of a run with {flag(name)} {value}, {hint}")
         refuse(
             not accepts(actions[name], value),
             f"{source}: {saved['file']} is damaged: its options have {name} {value}, which no run has",

@@ -16,7 +16,7 @@ from utils.errors import BadInput, RunFailed
 from utils.images.demo import draw_demo
 from utils.images.folders import ImageFolder, alike, check_same_classes
 from utils.images.samples import Batch, Images, Samples, Source, shuffle
-from utils.images.workers import Key, Workers, warn_of_shared_memory
+from utils.images.workers import Key, Workers
 from utils.machine import distributed, torchrun
 from utils.machine.signals import waiting
 from utils.words import counted
@@ -82,7 +82,7 @@ class Data:
         if not args.evaluate:
             self._check_steps(saved)
         self.val_batches = math.ceil(len(self.images[VAL]) / args.test_batch)
-        warn_of_shared_memory(args)
+        self.workers.warn_of_shared_memory(args)
 
     def _describe_oddities(self, saved: dict | None) -> None:
         """Report what is allowed, but is probably a mistake."""

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
@@ -106,6 +105,20 @@ class Workers:
                 "of processes and open files"
             ) from error
 
+    def warn_of_shared_memory(self, args: argparse.Namespace) -> None:
+        """Warn if the batches that they prefetch, on the whole machine, may not fit into shared memory."""
+        if not os.path.isdir("/dev/shm"):
+            return
+        status = os.statvfs("/dev/shm")
+        free, workers = status.f_bavail * status.f_frsize, self.count * torchrun.LOCAL_PROCESSES
+        images = max(0 if args.evaluate else args.train_batch, args.test_batch) / torchrun.PROCESSES
+        needed = workers * PREFETCHED * images * 3 * args.image_size**2
+        if needed > free:
+            print(
+                f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for {workers} workers may take "
+                f"{needed / 2**20:.0f}: give a container more by --shm-size or --ipc=host, or lower --workers"
+            )
+
     def _context(self) -> multiprocessing.context.BaseContext:
         """By which the loader starts processes, and this object knows them."""
         # A forked worker would inherit locks of CUDA's and NCCL's threads, which nobody releases.
@@ -158,19 +171,3 @@ def _ignore_deaths() -> None:
     """Remove the loader's SIGCHLD handler, which would raise wherever the main process is."""
     if may_handle("SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def warn_of_shared_memory(args: argparse.Namespace) -> None:
-    """Warn if the batches that the workers prefetch may not fit into shared memory."""
-    if not os.path.isdir("/dev/shm"):
-        return
-    status = os.statvfs("/dev/shm")
-    free = status.f_bavail * status.f_frsize
-    workers = math.ceil(args.workers / torchrun.PROCESSES) * torchrun.LOCAL_PROCESSES
-    images = max(0 if args.evaluate else args.train_batch, args.test_batch) / torchrun.PROCESSES
-    needed = workers * PREFETCHED * images * 3 * args.image_size**2
-    if needed > free:
-        print(
-            f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for {workers} workers may take "
-            f"{needed / 2**20:.0f}: give a container more by --shm-size or --ipc=host, or lower --workers"
-        )

@@ -12,6 +12,7 @@ from utils.errors import BadInput
 
 
 def sgd(args: argparse.Namespace, groups: list[dict]) -> torch.optim.SGD:
+    """SGD with --momentum."""
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     if args.momentum:
         for parameter in _parameters(optimizer):
@@ -21,6 +22,7 @@ def sgd(args: argparse.Namespace, groups: list[dict]) -> torch.optim.SGD:
 
 
 def adamw(args: argparse.Namespace, groups: list[dict]) -> torch.optim.AdamW:
+    """AdamW, whose betas are --momentum and --beta2."""
     betas = args.momentum, args.beta2
     return torch.optim.AdamW(groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
 

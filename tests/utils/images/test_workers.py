@@ -16,7 +16,7 @@ from tests.helpers import PATIENCE, in_a_process
 from utils.errors import RunFailed
 from utils.images.folders import ImageFolder
 from utils.images.samples import Sample, Samples, collate
-from utils.images.workers import Workers, start_worker, warn_of_shared_memory
+from utils.images.workers import Workers, start_worker
 
 
 def test_a_batch_of_samples():
@@ -43,11 +43,11 @@ def test_a_batch_of_samples():
 def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluate, batch):
     """It holds two batches of each worker, of 8 bits a colour."""
     monkeypatch.setattr(os.path, "isdir", lambda path: True)
-    args = Namespace(workers=3, train_batch=40, test_batch=10, image_size=100, evaluate=evaluate)
+    args = Namespace(train_batch=40, test_batch=10, image_size=100, evaluate=evaluate)
     needed = 3 * 2 * batch * 3 * 100 * 100
     for free, is_told in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(os, "statvfs", lambda path, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
-        warn_of_shared_memory(args)
+        Workers(3, is_gpu=False).warn_of_shared_memory(args)
         expected = (
             f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for 3 workers may take {needed / 2**20:.0f}: "
         )
