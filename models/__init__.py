@@ -1,5 +1,7 @@
 """create() builds the l_* networks and torchvision's classifiers by name."""
 
+from collections.abc import Callable, Collection
+
 import torch
 import torchvision
 from torch import nn
@@ -7,8 +9,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .excitation import ChannelGate, Gate, name_in_words
+from .flow import PLAIN, before_normalization
 from .imagenet import resnet, resnext
-from .layers import PLAIN, ExcitedConv, excite, fold, is_depthwise, plain_kind
+from .layers import NOT_SELECTED, ExcitedConv, excite, fold, in_words, why_plain
 
 EXCITED = {
     name: constructor
@@ -35,6 +38,7 @@ def create(
     stem: str = "large",
     drop: float = 0.0,
     image_size: int = 224,
+    excited: Collection[str] | None = None,
 ) -> nn.Module:
     """Build a classifier: images (N, 3, image_size, image_size) to logits (N, num_classes).
 
@@ -49,6 +53,8 @@ def create(
         stem: ``large`` or, for images of 28 to 64 pixels, ``small``: of l_* and of torchvision's ResNets and ResNeXts.
         drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.
         image_size: for the torchvision architectures that are built for one size.
+        excited: of those, the names of the convolutions that are excited, as another network of ``arch`` has them; none
+            is what networks were before they had this: those that a norm follows in the order of modules.
 
     Raises:
         ValueError: an unknown architecture, or options that it can't be built with.
@@ -56,7 +62,7 @@ def create(
     """
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)}")
-    excited = {"excitation": excitation, "formulation": formulation, "standardize": standardize}
+    settings = {"excitation": excitation, "formulation": formulation, "standardize": standardize}
     if arch in EXCITED:
         if pretrained:
             raise ValueError(f"there are no pretrained weights for {arch}")
@@ -66,7 +72,7 @@ def create(
             small_stem=stem == "small",
             drop=drop,
             **width,
-            **excited | {"excitation": excitation or "we"},
+            **settings | {"excitation": excitation or "we"},
         )
     if arch not in TORCHVISION:
         raise ValueError(f"there is no architecture {arch!r}")
@@ -79,10 +85,27 @@ def create(
         resnet.use_small_stem(model)
     if excitation is not None:
         try:
-            excite(model, **excited)
+            excite(model, **settings, select=_select(model, excited), example=image(image_size))
         except ValueError as error:
             raise ValueError(f"{arch}: {error}") from error
     return model
+
+
+def excited_names(model: nn.Module) -> list[str]:
+    """The names of a model's excited convolutions."""
+    return [name for name, module in model.named_modules() if isinstance(module, ExcitedConv) and module.excites]
+
+
+def _select(model: nn.Module, excited: Collection[str] | None) -> Callable[[str, nn.Module], bool] | None:
+    if excited is None:
+        return None
+    normalized = before_normalization(model)
+    return lambda name, conv: name in excited if excited else conv in normalized
+
+
+def image(size: int) -> torch.Tensor:
+    """One square image without numbers, as an example for :func:`excite`: (1, 3, size, size) on the meta device."""
+    return torch.empty(1, 3, size, size, device="meta")
 
 
 def decay_groups(model: nn.Module, decay: str) -> list[dict]:
@@ -101,8 +124,8 @@ def decay_groups(model: nn.Module, decay: str) -> list[dict]:
     return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
 
-def describe(model: nn.Module) -> str:
-    """A model's parameters and what excites its weights, in words."""
+def describe(model: nn.Module, example: object = None) -> str:
+    """A model's parameters and what excites its weights, in words; ``example`` is as for :func:`excite`."""
     total = f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"
     every = [module for module in model.modules() if isinstance(module, PLAIN)]
     convs = [conv for conv in every if isinstance(conv, ExcitedConv) and conv.excites]
@@ -115,19 +138,10 @@ def describe(model: nn.Module) -> str:
         parts.append("standardized")
     parts += [f"{letters.upper()} ({name_in_words(half)})" for letters, half in first.settings.halves().items()]
     text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
-    depthwise = sum(is_depthwise(conv) for conv in every)
-    plain = [conv for conv in every if not isinstance(conv, ExcitedConv) and not is_depthwise(conv)]
-    own = sum(plain_kind(conv) is None for conv in plain)
-    others = len(every) - len(convs) - depthwise - own
-    left = []
-    if depthwise:
-        left.append(f"{depthwise} are depthwise")
-    if own:
-        left.append(f"{own} have a forward pass of their own")
-    if others:
-        left.append(f"no normalization follows {others}")
-    if left:
-        text += f" ({', '.join(left)})"
+    if len(convs) < len(every):
+        excited = {name for name, module in model.named_modules() if module in convs}
+        reasons = [reason for name, reason in why_plain(model, None, example).items() if name not in excited]
+        text += f"; plain are {in_words(reason or NOT_SELECTED for reason in reasons)}"
     if not all(conv.layer().is_known() for conv in convs):
         text += "\nThe gate or the map is differentiated by autograd, which takes longer than the ones of this package"
     if isinstance(first.gate, ChannelGate) and any(isinstance(module, _BatchNorm) for module in model.modules()):

@@ -5,7 +5,7 @@ import copy
 import functools
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from weakref import WeakKeyDictionary
 
@@ -16,17 +16,18 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
-from .excitation import ChannelGate, Gate, LocationGate, Settings
+from .excitation import ChannelGate, LocationGate, Settings
+from .flow import PLAIN, find_other_takers, is_depthwise
 from .fused import Layer, full_precision, in_4d
 
 # What an excited convolution has beside the gate, and a plain one lacks.
 ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "excited", "source")
 NORM_GROUPS = 32
-NORM_TYPES = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-NORM_NAMES = ("Norm", "Norm2d")  # classes of other libraries end so
+NOT_SELECTED = "not selected"
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -57,11 +58,6 @@ class GroupNorm(nn.GroupNorm):
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         with full_precision(input):
             return F.group_norm(input, self.num_groups, weight, bias, self.eps)
-
-
-def is_depthwise(conv: _ConvNd) -> bool:
-    """Whether each group has one input channel; the authors of the paper report that standardizing hurts those."""
-    return conv.groups > 1 and conv.groups == conv.in_channels
 
 
 _kept: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # memory of the last optimizer step
@@ -174,7 +170,6 @@ class Conv3d(ExcitedConv, nn.Conv3d):
 
 
 KINDS = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}  # of a plain convolution, the excited one
-PLAIN = tuple(KINDS)
 # What a class has that only sets defaults: __init__() and what Python gives to all.
 OF_EVERY_CLASS = {
     *("__init__", "__module__", "__doc__", "__qualname__", "__static_attributes__", "__firstlineno__"),
@@ -253,34 +248,43 @@ def excite(
     formulation: str = "channel",
     standardize: bool = True,
     select: Callable[[str, _ConvNd], bool] | None = None,
+    example: object = None,
 ) -> nn.Module:
     """Make a model's plain convolutions excited ones, with all that they have: parameters, hooks, names.
 
-    Without ``select``, these are the convolutions that a normalization follows, in the order of the model's modules;
-    without one, as behind squeeze-and-excitation layers and heads, the activations would saturate. Depthwise
-    convolutions are left as they are, and so are those whose class has methods of its own; one that only sets defaults
-    is gone for PyTorch's. Do it before the optimizer, wrappers and copies for averaging are made, and after weights are
-    loaded. ``type(layer)(...)`` of an excited layer makes a plain one, unless it is told how to excite.
+    Without ``select``, these are the convolutions whose output a normalization takes, directly or through what keeps
+    its scale, such as additions, concatenation, pooling, padding and most activations. Without one, as in attention,
+    squeeze-and-excitation and heads, activations would saturate. A copy of the network is run to see it, on the meta
+    device, which takes no memory; for convolutions that the run doesn't come to, a warning says that the order of
+    modules was taken. Depthwise convolutions are left as they are, and so are those whose class has methods of its own;
+    one that only sets defaults is gone for PyTorch's. Do it before the optimizer, wrappers and copies for averaging are
+    made, and after weights are loaded. ``type(layer)(...)`` of an excited layer makes a plain one, unless it is told
+    how to excite.
 
     Args:
         module: changed in place. A single convolution is always excited.
         excitation, formulation, standardize: as for :class:`ExcitedConv`.
         select: of a convolution's name and the layer, whether to excite it.
+        example: what the network is run with, its input or a tuple of its inputs, where images of 224 pixels don't suit
+            it. On the meta device, only its shape counts; a run that asks for numbers, as detection does, needs it on
+            the network's device.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, or
-            whose weight is complex or reparametrized. Nothing is changed then.
+        ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, whose
+            weight is complex, reparametrized or not there yet. Nothing is changed then.
     """
     settings = Settings(excitation, formulation, standardize)
     settings.check()
-    convs = {name: conv for name, conv in module.named_modules() if isinstance(conv, PLAIN)}
-    normalized = {module} | before_normalization(module)
-    chosen = {}  # PyTorch's class of each
-    for name, conv in convs.items():
-        if not (conv in normalized if select is None else select(name, conv)) or is_depthwise(conv):
+    for name, conv in module.named_modules():
+        if isinstance(conv, PLAIN) and is_lazy(conv._parameters.get("weight")):
+            raise ValueError(f"the weight of {name or 'the layer'} has no shape yet: run the network once first")
+    chosen, reasons = {}, why_plain(module, select, example)
+    for name, reason in reasons.items():
+        conv = module.get_submodule(name)
+        if reason:
             continue
         if isinstance(conv, ExcitedConv):
             if conv.settings != settings:
@@ -288,17 +292,43 @@ def excite(
         elif "weight" not in conv._parameters or conv.weight.is_complex():
             kind = "complex" if conv.weight.is_complex() else "reparametrized, which must come after excite()"
             raise ValueError(f"the weight of {name or 'the layer'} is {kind}")
-        elif (base := plain_kind(conv)) is not None:
-            chosen[conv] = base
-    if not chosen and not any(isinstance(conv, ExcitedConv) for conv in convs.values()):
+        else:
+            chosen[conv] = plain_kind(conv)
+    if all(reasons.values()):
         raise ValueError(
-            f"none of {len(convs)} convolutions can be excited: it takes plain ones, not depthwise, that a "
-            "normalization follows, or that select= names"
+            "none of the convolutions can be excited, which a normalization must follow: "
+            f"{in_words(reasons.values())}; select= chooses others"
         )
     for conv, base in chosen.items():
         conv.__class__ = KINDS[base]
         conv._set_up(settings)
     return module
+
+
+def why_plain(
+    model: nn.Module, select: Callable[[str, _ConvNd], bool] | None = None, example: object = None
+) -> dict[str, str]:
+    """By the name of each convolution, why :func:`excite` leaves it plain, such as "depthwise"; empty if it doesn't."""
+    convs = {name: conv for name, conv in model.named_modules() if isinstance(conv, PLAIN)}
+    takers = {} if select or model in convs.values() else find_other_takers(model, example)
+    reasons = {}
+    for name, conv in convs.items():
+        if is_depthwise(conv):
+            reasons[name] = "depthwise"
+        elif select and not select(name, conv):
+            reasons[name] = NOT_SELECTED
+        elif name in takers:
+            reasons[name] = f"before {takers[name]}"
+        elif not isinstance(conv, ExcitedConv) and "weight" in conv._parameters and plain_kind(conv) is None:
+            reasons[name] = "with a forward pass of its own"
+        else:
+            reasons[name] = ""
+    return reasons
+
+
+def in_words(reasons: Iterable[str]) -> str:
+    """How many convolutions have which reason: "3 depthwise, 2 before sigmoid"."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).items())
 
 
 def plain_kind(conv: _ConvNd) -> type[_ConvNd] | None:
@@ -312,24 +342,6 @@ def plain_kind(conv: _ConvNd) -> type[_ConvNd] | None:
 def _base(kind: type[_ConvNd]) -> type[_ConvNd]:
     """PyTorch's class that a class of convolutions derives from."""
     return next(plain for plain in PLAIN if issubclass(kind, plain))
-
-
-def before_normalization(model: nn.Module) -> set[_ConvNd]:
-    """The convolutions that a normalization follows in the order of modules, before any other layer with weights."""
-    found, last = set(), None
-    gates = {part for module in model.modules() if isinstance(module, Gate) for part in module.modules()}
-    for module in model.modules():
-        if module in gates:
-            continue
-        if isinstance(module, PLAIN):
-            last = module
-        elif isinstance(module, NORM_TYPES) or type(module).__name__.endswith(NORM_NAMES):
-            if last is not None:
-                found.add(last)
-            last = None
-        elif isinstance(module, nn.Linear | _ConvNd):
-            last = None
-    return found
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -236,6 +236,7 @@ def tiny_checkpoint(epoch: int = 1) -> dict:
         "arch": "linear",
         "classes": ["a", "b", "c"],
         "state_dict": model.state_dict(),
+        "excited": [],
         "ema": {},
         "optimizer": optimizer.state_dict(),
         "scaler": {},

@@ -174,8 +174,8 @@ def test_exported_weights_load_elsewhere_with_the_same_logits(command, run, tmp_
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.momentum = None  # its statistics are those of the images that follow
         ours(torch.randn(4, 3, options["image_size"], options["image_size"]))
-    saved |= {"arch": arch, "options": options, "state_dict": ours.state_dict(), "optimizer": {"state": {}}}
-    torch.save(saved, run / LAST)
+    saved |= {"arch": arch, "options": options, "excited": models.excited_names(ours)}
+    torch.save(saved | {"state_dict": ours.state_dict(), "optimizer": {"state": {}}}, run / LAST)
     file = tmp_path / "plain.pth"
     result = command("--resume", run, "--export", file)
     assert (result.status, result.err) == (0, "")

@@ -503,3 +503,18 @@ def test_what_has_diverged_is_not_saved(command, run, amp, batch):
     assert_fails(result, 1, "learning rate 1e+30")
     assert {name: contents(run)[name] for name in (LAST, BEST)} == {name: before[name] for name in (LAST, BEST)}
     assert command("--resume", run, "--epochs", 3).status == 0
+
+
+def test_a_resumed_network_has_the_excited_convolutions_of_its_run(command, images, tmp_path):
+    """Also where excite() would choose others today; an older one names none: those by the order of modules."""
+    run = tmp_path / "run"
+    command("-d", images, "-c", run, "--epochs", 1, *BATCH_NORM, "--excitation", "we", "--formulation", "paper")
+    saved = checkpoint(run)
+    assert saved["excited"] == ["0", "3"]
+    state = {name: value for name, value in saved["state_dict"].items() if not name.startswith("0.gate")}
+    torch.save(saved | {"excited": ["3"], "state_dict": state, "missing": []}, run / LAST)
+    assert "; 1 of 2 convolutions excited" in command("-e", "--resume", run).out
+    assert command("--resume", run, "--visualize", tmp_path / "pictures").status == 0
+    del saved["excited"]
+    torch.save(saved, run / LAST)
+    assert "; 2 of 2 convolutions excited" in command("-e", "--resume", run).out

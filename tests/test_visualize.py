@@ -71,4 +71,4 @@ def test_fresh_gates_are_those_that_a_run_of_the_seed_begins_with(run, seed):
     for name, value in (checkpoint(run)["options"] | {"seed": seed}).items():
         setattr(args, name, value)
     begun = [layer.gates for layer in inspect_layers(imagenet.create_model(args, ["ring", "target"], None))]
-    assert all(map(np.array_equal, begun, fresh_gates(args, classes=2)))
+    assert all(map(np.array_equal, begun, fresh_gates(args, checkpoint(run))))

@@ -22,6 +22,21 @@ def test_l_networks_are_excited_unless_told(options):
     assert {conv.formulation for conv in excited(model)} == {"paper"}
 
 
+def test_a_network_has_the_excited_convolutions_that_it_is_given():
+    """None given is what older networks have: in the order of modules, ConvNeXt's reductions come before no norm."""
+    with torch.device("meta"):
+        kept = {
+            str(given): models.excited_names(models.create("convnext_tiny", excitation="we", excited=given))
+            for given in (None, [], ["features.4.1"])
+        }
+    reductions = ["features.2.1", "features.4.1", "features.6.1"]
+    assert kept == {
+        "None": ["features.0.0", *reductions],
+        "[]": ["features.0.0"],
+        "['features.4.1']": ["features.4.1"],
+    }
+
+
 def test_torchvision_is_untouched_unless_told():
     torch.manual_seed(0)
     ours = models.create("resnet18", num_classes=7)
@@ -175,5 +190,6 @@ def test_description():
     assert f" parameters, {gates:,} of them in gates; " in channel
     assert "BatchNorm" not in models.describe(models.create("l_resnet18"))
     mixed = models.describe(models.create("mobilenet_v3_small", excitation="we", formulation="paper"))
-    assert mixed.endswith("23 of 52 convolutions excited (11 are depthwise, no normalization follows 18)")
+    assert mixed.endswith("; plain are 11 depthwise, 9 before another layer, 9 before hardsigmoid")
+    assert "; 23 of 52 convolutions excited; " in mixed
     assert models.describe(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"

@@ -141,14 +141,6 @@ def test_the_loop_of_the_readme():
     torch.testing.assert_close(scope["plain"](images), scope["model"](images))
 
 
-def test_a_layer_between_convolution_and_normalization():
-    """Takes what the convolution gives, which stays plain then; what has no weights doesn't."""
-    for between, is_excited in ((nn.ReLU(), True), (nn.Identity(), True), (nn.Linear(6, 6), False)):
-        body = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1), between, nn.BatchNorm2d(6)
-        first, _, second, *_ = excite(nn.Sequential(*body))
-        assert (isinstance(first, Conv2d), isinstance(second, Conv2d)) == (True, is_excited)
-
-
 def test_the_package_works_under_another_name(tmp_path):
     copy_folder(Path(layers.__file__).parent, tmp_path / "theirs")
 
@@ -215,12 +207,20 @@ def test_subclasses_of_pytorchs_convolutions():
     excite(model)
     assert isinstance(model[0], Conv2d) and model[0].weight is weight
     assert type(model[2]) is WithForward
-    assert models.describe(model).endswith("1 of 2 convolutions excited (1 have a forward pass of their own)")
+    assert models.describe(model).endswith("1 of 2 convolutions excited; plain are 1 with a forward pass of its own")
     assert type(fold(model)[0]) is nn.Conv2d
     bias = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1), "bias", dim=None)
-    for conv in (nn.LazyConv2d(4, 1), bias, WithCall(4, 4, 1), WithSlots(4, 4, 1)):
+    for conv in (bias, WithCall(4, 4, 1), WithSlots(4, 4, 1)):
         kind = type(conv)
         assert type(excite(nn.Sequential(*model, conv, nn.GroupNorm(1, 4)))[-2]) is kind
+
+
+def test_a_layer_without_a_shape_yet_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(1, 4), nn.LazyConv2d(4, 1), nn.GroupNorm(1, 4))
+    with pytest.raises(ValueError, match="2 has no shape yet: run the network once"):
+        excite(model)
+    model(torch.zeros(1, 3, 2, 2))
+    assert [isinstance(module, Conv2d) for module in excite(model)] == [True, False, True, False]
 
 
 def test_a_norm_of_another_type_than_its_input():

@@ -622,15 +622,6 @@ def build(name, **arguments):
     return pytest.importorskip("timm").create_model(name, **arguments)
 
 
-@pytest.mark.parametrize(
-    "name, expected", [("resnet18", 20), ("efficientnet_b0", 33), ("seresnet50", 53), ("nf_resnet50", 0)]
-)
-def test_which_convolutions_are_excited(name, expected):
-    with torch.device("meta"), contextlib.nullcontext() if expected else pytest.raises(ValueError, match="none of"):
-        excite(model := build(name))
-    assert sum(isinstance(module, Conv2d) for module in model.modules()) == expected
-
-
 def test_select_and_a_single_layer():
     model = excite(
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)), select=lambda n, _: n > "1"

@@ -46,13 +46,14 @@ def visualize(args: Options, saved: dict, model: nn.Module) -> None:
     title = f"{options.describe_network(args)}, seed {args.seed}, after epoch {saved['epoch']}"
     if saved["step"]:
         title += f" and {counted(saved['step'], 'step')}"
-    for name, picture in pictures.draw(layers, fresh_gates(args, len(saved["classes"])), title).items():
+    for name, picture in pictures.draw(layers, fresh_gates(args, saved), title).items():
         write_output("--visualize", os.path.join(args.visualize, name), picture)
         print(os.path.join(args.visualize, name))
 
 
-def fresh_gates(args: Options, classes: int) -> list[np.ndarray | None]:
+def fresh_gates(args: Options, saved: dict) -> list[np.ndarray | None]:
     """The gates, layer by layer, of a network that is freshly initialized with the run's seed."""
     torch.manual_seed(args.seed)
-    model = models.create(args.arch, num_classes=classes, **args.of(Kind.KEYWORD))
+    options = args.of(Kind.KEYWORD) | {"num_classes": len(saved["classes"]), "excited": saved["excited"]}
+    model = models.create(args.arch, **options)
     return [layer.gates for layer in inspect_layers(model)]

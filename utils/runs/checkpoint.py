@@ -7,6 +7,7 @@ A checkpoint of this trainer is a dict with
     arch         the architecture's name
     classes      class names (NFC) in the order of the logits
     state_dict   weights and buffers, without DataParallel's prefix
+    excited      the names of the excited convolutions; empty in older ones, whose networks took the order of modules
     ema          their moving average, with the same keys; empty without --ema and in older ones
     optimizer    the optimizer's state_dict
     scaler       the gradient scaler's state_dict, empty without --amp fp16
@@ -51,11 +52,11 @@ KEYS = {
     **dict.fromkeys(("epoch", "step"), int),
     **dict.fromkeys(("best_acc", "acc", "seconds"), float),
     **dict.fromkeys(("arch", "images", "val_images"), str),
-    **dict.fromkeys(("classes", "sums", "log"), list),
+    **dict.fromkeys(("classes", "excited", "sums", "log"), list),
     **dict.fromkeys(("state_dict", "ema", "optimizer", "scaler", "rng", "options", "versions"), dict),
 }
 # What older checkpoints lack. FORMAT rises only where they can't be read any more; keys of newer ones are passed over.
-LACKING = {"val_images": "", "seconds": 0.0, "ema": {}}
+LACKING = {"val_images": "", "seconds": 0.0, "ema": {}, "excited": []}
 
 
 def versions() -> dict[str, str]:
@@ -166,6 +167,7 @@ def _out_of_bounds(checkpoint: dict) -> list[str]:
         "log": len(log) <= checkpoint["epoch"]
         and any(all(floats(row, len(columns)) for row in log) for columns in (COLUMNS, OLD_COLUMNS)),
         "classes": all(isinstance(name, str) for name in checkpoint["classes"]),
+        "excited": all(isinstance(name, str) for name in checkpoint["excited"]),
         "options": checkpoint["options"].get("arch") == checkpoint["arch"]
         and all(isinstance(name, str) for name in checkpoint["options"]),
         "optimizer": are_finite(state),
