@@ -4,9 +4,11 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +25,7 @@ from . import excitation, fused, stacked
 from .excitation import ChannelGate, LocationGate, Settings
 from .flow import PLAIN, find_other_takers, is_depthwise
 from .fused import Layer, full_precision, in_4d
+from .gathering import Gathering, own_grad, watched
 
 # What an excited convolution has beside the gate, and a plain one lacks.
 ADDED = ("settings", "excitation", "formulation", "standardize", "excites", "excited", "source")
@@ -120,12 +123,12 @@ class ExcitedConv(_ConvNd):
         """The tensor that convolves, of the weight's shape and type; computed in at least float32."""
         if not self.excites:
             return self.weight
-        if self.excited is not None:
+        if self.excited is not None and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
             if torch.compiler.is_compiling():  # first, as a graph that asks for the source is of one optimizer step
                 return self.excited
             if self.source is None:  # in a replica
                 return self.excited.to(self.weight.device)
-            if self.source == _identify(self):
+            if self.source.is_unchanged(self):
                 return self.excited
         layer = self.layer()
         if layer.is_known():
@@ -144,7 +147,7 @@ class ExcitedConv(_ConvNd):
 
     def __getstate__(self) -> dict:
         """A copy made inside excited_once() excites by itself."""
-        return self.__dict__ | {"excited": None, "source": None}
+        return super().__getstate__() | {"excited": None, "source": None}
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.excited_weight(), self.bias)
@@ -231,15 +234,43 @@ def _like(weight: Tensor, excited: Tensor) -> Tensor:
     return excited.to(weight.dtype) if weight.ndim == 4 else excited.to(weight.dtype).reshape(weight.shape)
 
 
-def _identify(conv: ExcitedConv) -> list[tuple[int, int]]:
-    """Which tensors it is excited by, and how often each was written to."""
+class Source(NamedTuple):
+    """What a layer's weight was excited by.
+
+    Attributes:
+        tensors: the weight and the gate's; None where the gate has none.
+        versions: a view of each, which shares the count of what was written to it, and that count. Inference tensors
+            have no such count.
+    """
+
+    tensors: list[Tensor | None]
+    versions: list[tuple[Tensor, int]]
+
+    @classmethod
+    def of(cls, conv: ExcitedConv) -> "Source":
+        tensors = _source_tensors(conv)
+        views = [tensor.detach() for tensor in tensors if tensor is not None and not tensor.is_inference()]
+        return cls(tensors, [(view, view._version) for view in views])
+
+    def is_unchanged(self, conv: ExcitedConv) -> bool:
+        tensors = _source_tensors(conv)
+        return (
+            len(tensors) == len(self.tensors)
+            and all(map(operator.is_, tensors, self.tensors))
+            and all(view._version == version for view, version in self.versions)
+        )
+
+
+NO_SOURCE = Source([], [])  # of an excited weight that may not be used again
+
+
+def _source_tensors(conv: ExcitedConv) -> list[Tensor | None]:
     modules = ()
     if type(conv.gate) in (ChannelGate, LocationGate):  # in a fraction of the time, as each forward pass asks for it
         modules = conv.gate, conv.gate.fc1, conv.gate.fc2
     elif conv.gate is not None:
         modules = conv.gate.modules()
-    tensors = [conv.weight, *(tensor for module in modules for tensor in module._parameters.values())]
-    return [(id(tensor), 0 if tensor is None or tensor.is_inference() else tensor._version) for tensor in tensors]
+    return [conv.weight, *(tensor for module in modules for tensor in module._parameters.values())]
 
 
 def excite(
@@ -378,18 +409,19 @@ def excited_once(model: nn.Module) -> Iterator[None]:
 
     Inside, each excited convolution has its excited weight in the attribute ``excited``, a leaf that gathers the
     gradient of every micro-batch, also from DataParallel's replicas; ``weight`` stays the raw parameter. At the end,
-    the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are
-    unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` goes before it, as inside it doesn't
-    reach what is gathered. A layer whose weight or gate is replaced or written to inside excites in each forward pass
-    from there on, unless by ``parameter.data``, which nothing notices, or in a network that is compiled. To evaluate,
+    the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are read,
+    unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` may come anywhere. A layer whose
+    weight or gate is replaced or written to inside, or whose ``parameter.data`` is asked for, excites in each forward
+    pass from there on, but in a network that is compiled, where nothing notices. For ``torch.autograd.grad()`` and
+    ``backward(inputs=...)``, weights and gates have no part in what is computed inside: call them outside. To evaluate,
     :func:`fold`: under ``no_grad()``, a block keeps what gradients would need. After an exception nothing flows; under
     DistributedDataParallel, which waits for those gradients, the next forward pass then raises. The excited weights and
     their gradients must not be kept: the next block overwrites the weights, and leaving this block the gradients.
 
     Raises:
         ValueError: the model is wrapped in what can't work with it.
-        RuntimeError: an optimizer of these weights steps inside, or a backward pass comes after the end; on a GPU, also
-            where a weight is written to inside after it was used.
+        RuntimeError: inside, an optimizer of these weights steps, or their gradients are used; a backward pass comes
+            after the end; on a GPU, also where a weight is written to inside after it was used.
     """
     modules = list(model.modules())
     _refuse_wrappers(modules)
@@ -401,8 +433,9 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     try:
         _open_blocks[block] = convs
         for conv, leaf in zip(convs, leaves, strict=True):
-            vars(conv).update(excited=leaf, source=_identify(conv))
-        yield
+            vars(conv).update(excited=leaf, source=Source.of(conv))
+        with watched([_gathering(conv) for conv in convs]):
+            yield
     finally:
         del _open_blocks[block]
         for conv, leaf in zip(convs, leaves, strict=True):
@@ -412,12 +445,16 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     used = [(weight, leaf.grad) for weight, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None]
     if used:
         weights, grads = zip(*used, strict=True)
-        torch.autograd.backward(weights, _own_memory(grads, [parameter.grad for parameter in model.parameters()]))
+        torch.autograd.backward(weights, _own_memory(grads, [own_grad(parameter) for parameter in model.parameters()]))
 
 
 def _can_be_excited_once(conv: ExcitedConv) -> bool:
     """Not inside another block, nor where the weight is made anew in each forward pass."""
     return conv.excites and conv.excited is None and "weight" in conv._parameters
+
+
+def _gathering(conv: ExcitedConv) -> Gathering:
+    return Gathering(conv.excited, conv.source.tensors, functools.partial(vars(conv).update, source=NO_SOURCE))
 
 
 def _needs_grad(conv: ExcitedConv) -> bool:

@@ -225,6 +225,95 @@ def test_zero_grad_at_the_start_of_the_block(formulation, set_to_none):
         same(*(gradients(each) for each, _ in pairs))
 
 
+@pytest.mark.parametrize("cleared", ["model", "optimizer", "first layers"])
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_zero_grad_between_backward_passes(formulation, cleared, is_frozen):
+    """All of the gradients or, as of one of two players, some; in later steps, also those of the step before."""
+    model, found = network(formulation), []
+    model[0].weight.requires_grad_(not is_frozen)
+    batches = [images() for _ in range(3)]
+    for each, context in ((model, excited_once), (twin(model), contextlib.nullcontext)):
+        parts = {"model": each, "optimizer": torch.optim.SGD(each.parameters()), "first layers": each[:3]}
+        for _ in range(2):
+            with context(each):
+                for index, batch in enumerate(batches):
+                    loss(each, batch).backward()
+                    if index == 1:
+                        parts[cleared].zero_grad()
+        found.append(gradients(each))
+    same(*found)
+
+
+def test_zero_grad_with_a_weight_in_two_layers_and_blocks(formulation):
+    model = nn.Sequential(*(Conv2d(3, 3, 3, formulation=formulation).double() for _ in range(2)))
+    model[1].weight = model[0].weight
+    found = []
+    for each, context in ((model, excited_once), (twin(model), contextlib.nullcontext)):
+        with context(each[0]), context(each):
+            for seed in range(2):
+                each.zero_grad()
+                torch.manual_seed(seed)
+                loss(each, images()).backward()
+        found.append(gradients(each))
+    same(*found)
+
+
+scaler = torch.amp.GradScaler("cpu")
+USES = {
+    "clip_grad_norm_": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1),
+    "clip_grad_value_": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1),
+    "unscale_": lambda model: scaler.unscale_(torch.optim.SGD(model.parameters())),
+    "SAM's first step": lambda model: [parameter.add_(parameter.grad) for parameter in model.parameters()],
+    "a norm": lambda model: model[0].gate.fc1.bias.grad.norm(),
+    "zeros": lambda model: torch.optim.SGD(model.parameters()).zero_grad(set_to_none=False),
+    "other zeros": lambda model: model.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_gradients_cant_be_used_before_they_are_there(use):
+    model = network("paper")
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(RuntimeError, match="at the end of excited_once"), excited_once(model):
+        scaler.scale(loss(model, images())).backward()
+        with torch.no_grad():
+            USES[use](model)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters() if name.startswith("0."))
+    assert {type(parameter) for parameter in model.parameters()} == {nn.Parameter}
+
+
+def test_autograd_grad_inside_is_refused():
+    model = network()
+    with excited_once(model):
+        output = loss(model, images())
+        with pytest.raises(RuntimeError, match=r"call torch.autograd.grad\(\) for them outside"):
+            torch.autograd.grad(output, list(model.parameters()), allow_unused=True)
+        assert torch.autograd.grad(output, model[-1].weight)[0].any()
+    assert (model[0].weight + 1).requires_grad and type(model[0].weight) is nn.Parameter
+
+
+WRITES = {
+    "data in place": lambda model: [parameter.data.mul_(1.5) for parameter in model.parameters()],
+    "other data": lambda model: [setattr(parameter, "data", parameter + 0.5) for parameter in model.parameters()],
+    "vector_to_parameters": lambda model: nn.utils.vector_to_parameters(
+        nn.utils.parameters_to_vector(model.parameters()).sin(), model.parameters()
+    ),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_data_that_is_written_to_inside_a_block(formulation, write):
+    model, batch = network(formulation), images()
+    reference = twin(model)
+    with excited_once(model):
+        before = model(batch)
+        with torch.no_grad():
+            for each in (model, reference):
+                WRITES[write](each)
+        same([model(batch)], [reference(batch)])
+        assert not torch.allclose(before, model(batch))
+
+
 def through_file(model):
     torch.save(model, file := io.BytesIO())
     file.seek(0)
@@ -236,6 +325,7 @@ def test_a_copy_taken_inside_excites_by_itself(snapshot):
     model, batch = network().eval(), images()
     with excited_once(model):
         copied = snapshot(model).eval()
+        assert {type(parameter) for parameter in copied.parameters()} == {nn.Parameter}
         assert torch.equal(copied(batch), model(batch))
     with torch.no_grad():
         for parameter in (*model.parameters(), *copied.parameters()):
@@ -429,6 +519,18 @@ def test_tracing_and_export(formulation):
     model, batch = network(formulation).eval(), images()
     exported = [torch.export.export(model, (batch,), strict=strict).module() for strict in (False, True)]
     same([each(batch) for each in (torch.fx.symbolic_trace(model), *exported)], [twin(model)(batch)] * 3)
+
+
+@pytest.mark.parametrize("make", [lambda *words: torch.export.export(*words).module(), torch.jit.trace])
+def test_what_is_exported_inside_a_block_has_its_weights(formulation, make):
+    """And not the excited ones of that step."""
+    model, batch = network(formulation).eval(), images()
+    with excited_once(model):
+        made = make(model, (batch,))
+    with torch.no_grad():
+        made.get_parameter("0.weight").add_(1)
+        model[0].weight.add_(1)
+    same([made(batch)], [model(batch)])
 
 
 @BLOCK_OR_NOT
