@@ -147,8 +147,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        # Last, so that networks of one seed begin with the same weights, whatever gates they have.
-        excite(self, **excitation)
+        # Last, so that networks of one seed begin with the same weights, whatever gates they have. A norm follows each.
+        excite(self, select=lambda name, conv: True, **excitation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
