@@ -169,10 +169,10 @@ def create_model(args: Options, classes: list[str], saved: dict | None) -> nn.Mo
     with options.refusing_network(args):
         if pretrained and args.evaluate:
             models.check_pretrained_classes(args.arch, len(classes))
-        settings = {"num_classes": len(classes), "pretrained": pretrained, **args.of(KEYWORD)}
-        if saved and not args.init and not saved["missing"]:
-            settings["excited"] = saved["excited"]
-        model = models.create(args.arch, **settings)
+        arguments = {"num_classes": len(classes), "pretrained": pretrained, **args.of(KEYWORD)}
+        if saved and not saved["missing"] and (not args.init or (saved["excited"] and saved["arch"] == args.arch)):
+            arguments["excited"] = saved["excited"]
+        model = models.create(args.arch, **arguments)
     if args.init:
         load_initial_weights(model, saved, classes, models.find_classifier(model)[0])
     elif saved:
@@ -187,7 +187,7 @@ def build_model(args: Options, data: Data, devices: list[torch.device], saved: d
         models.check_input(model, smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
     if args.sync_bn and torchrun.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    print(f"{args.arch}: {models.describe(model, models.image(args.image_size))}")
+    print(f"{args.arch}: {models.describe(model, models.meta_image(args.image_size))}")
     print(f"Devices: {describe_devices(devices)}; {counted(args.workers, 'worker')}; amp {args.amp}")
     return model.to(devices[0], memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
 

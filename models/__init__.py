@@ -53,8 +53,9 @@ def create(
         stem: ``large`` or, for images of 28 to 64 pixels, ``small``: of l_* and of torchvision's ResNets and ResNeXts.
         drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.
         image_size: for the torchvision architectures that are built for one size.
-        excited: of those, the names of the convolutions that are excited, as another network of ``arch`` has them; none
-            is what networks were before they had this: those that a norm follows in the order of modules.
+        excited: names of the convolutions to excite in a torchvision architecture, as :func:`excited_names` gives them.
+            None chooses as :func:`excite` does. An empty collection takes the order of modules, as in checkpoints that
+            name none.
 
     Raises:
         ValueError: an unknown architecture, or options that it can't be built with.
@@ -85,7 +86,7 @@ def create(
         resnet.use_small_stem(model)
     if excitation is not None:
         try:
-            excite(model, **settings, select=_select(model, excited), example=image(image_size))
+            excite(model, **settings, select=_select(model, excited), example=meta_image(image_size))
         except ValueError as error:
             raise ValueError(f"{arch}: {error}") from error
     return model
@@ -99,11 +100,16 @@ def excited_names(model: nn.Module) -> list[str]:
 def _select(model: nn.Module, excited: Collection[str] | None) -> Callable[[str, nn.Module], bool] | None:
     if excited is None:
         return None
-    normalized = before_normalization(model)
-    return lambda name, conv: name in excited if excited else conv in normalized
+    if not excited:
+        normalized = before_normalization(model)
+        return lambda name, conv: conv in normalized
+    unknown = set(excited) - {name for name, _ in model.named_modules()}
+    if unknown:
+        raise ValueError(f"there is no convolution {min(unknown)}")
+    return lambda name, conv: name in excited
 
 
-def image(size: int) -> torch.Tensor:
+def meta_image(size: int) -> torch.Tensor:
     """One square image without numbers, as an example for :func:`excite`: (1, 3, size, size) on the meta device."""
     return torch.empty(1, 3, size, size, device="meta")
 
@@ -141,7 +147,7 @@ def describe(model: nn.Module, example: object = None) -> str:
     if len(convs) < len(every):
         excited = {name for name, module in model.named_modules() if module in convs}
         reasons = [reason for name, reason in why_plain(model, None, example).items() if name not in excited]
-        text += f"; plain are {in_words(reason or NOT_SELECTED for reason in reasons)}"
+        text += f"; left plain: {in_words(reason or NOT_SELECTED for reason in reasons)}"
     if not all(conv.layer().is_known() for conv in convs):
         text += "\nThe gate or the map is differentiated by autograd, which takes longer than the ones of this package"
     if isinstance(first.gate, ChannelGate) and any(isinstance(module, _BatchNorm) for module in model.modules()):

@@ -99,7 +99,8 @@ class _Excitation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         count = 5 if ctx.settings.gate else 1
-        (raw, *layers), saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        tensors = ctx.saved_tensors  # once: gradient checkpointing gives them once
+        (raw, *layers), saved = tensors[:count], tensors[count:]
         with full_precision(raw):
             # The plain form, for a derivative of the derivative, or many gradients at once.
             if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream):

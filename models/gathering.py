@@ -1,4 +1,4 @@
-"""The parameters of excited layers inside excited_once(): what is done to them there is noticed."""
+"""An excited layer's parameters inside excited_once(): zero_grad(), .data, and gradients that aren't there yet."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,11 +15,21 @@ class Gathering(NamedTuple):
         leaf: its excited weight, which gathers the gradient.
         parameters: those that the gradient flows to at the end.
         forget: to be called where one of these may have been written to unnoticed.
+        cleared: the parameters, by their identities, whose gradients were set since the leaf has one.
     """
 
     leaf: Tensor
     parameters: list[Tensor]
     forget: Callable[[], None]
+    cleared: set[int]
+
+    def clear(self, parameter: Tensor) -> None:
+        """Drop what is gathered, once that is what has been done to each of the parameters."""
+        if self.leaf.grad is not None:
+            self.cleared.add(id(parameter))
+            if self.cleared >= {id(parameter) for parameter in self.parameters if parameter.requires_grad}:
+                self.leaf.grad = None
+                self.cleared.clear()
 
 
 _layers: dict[int, list[Gathering]] = {}  # of a parameter, by its identity
@@ -27,10 +37,13 @@ _layers: dict[int, list[Gathering]] = {}  # of a parameter, by its identity
 
 @contextlib.contextmanager
 def watched(layers: list[Gathering]) -> Iterator[None]:
-    """Inside, what asks for the parameters' gradients gets some that can't be used, and setting them to None is obeyed.
+    """Inside, what asks for the parameters' gradients gets some that can't be used, and setting them is obeyed.
 
     So ``zero_grad()`` between two backward passes does what it does elsewhere, and what would clip, unscale or step by
     gradients that aren't there yet is refused.
+
+    Raises:
+        RuntimeError: at the end, where the gradients of some of a layer's parameters were cleared, and not of all.
     """
     pairs = [
         (layer, parameter)
@@ -50,6 +63,11 @@ def watched(layers: list[Gathering]) -> Iterator[None]:
                 _layers[id(parameter)] = others
             else:
                 parameter.__class__ = nn.Parameter
+    if any(layer.cleared for layer in layers):
+        raise RuntimeError(
+            "inside excited_once(), gradients were set to None for some parameters of an excited layer alone: between "
+            "two backward passes, do it for its weight and its gate, or end the block"
+        )
 
 
 def own_grad(parameter: Tensor) -> Tensor | None:
@@ -62,15 +80,18 @@ class _Watched(nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
-        is_gathered = any(layer.leaf.grad is not None for layer in _layers[id(self)])
+        is_gathered = any(layer.leaf.grad is not None and id(self) not in layer.cleared for layer in _layers[id(self)])
         return _not_yet if is_gathered else own_grad(self)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         nn.Parameter.grad.__set__(self, value)
-        if value is None:
-            for layer in _layers[id(self)]:
-                layer.leaf.grad = None
+        for layer in _layers[id(self)]:
+            layer.clear(self)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
 
     @property
     def data(self) -> Tensor:
@@ -90,7 +111,7 @@ class _Watched(nn.Parameter):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.autograd.grad:
             raise RuntimeError(
-                "inside excited_once(), a loss doesn't depend on parameters of excited layers: call "
+                "inside excited_once(), the network's outputs don't depend on the parameters of excited layers: call "
                 "torch.autograd.grad() for them outside of it"
             )
         if _NotYet in types:

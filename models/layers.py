@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import excitation, fused, stacked
 from .excitation import ChannelGate, LocationGate, Settings
-from .flow import PLAIN, find_other_takers, is_depthwise
+from .flow import PLAIN, find_other_consumers, is_depthwise
 from .fused import Layer, full_precision, in_4d
 from .gathering import Gathering, own_grad, watched
 
@@ -128,8 +128,9 @@ class ExcitedConv(_ConvNd):
                 return self.excited
             if self.source is None:  # in a replica
                 return self.excited.to(self.weight.device)
-            if self.source.is_unchanged(self):
-                return self.excited
+            is_trained = any(tensor is not None and tensor.requires_grad for tensor in self.source.tensors)
+            if self.source.is_unchanged(self) and (self.excited.requires_grad or not is_trained):
+                return self.excited if is_trained else self.excited.detach()
         layer = self.layer()
         if layer.is_known():
             return _excite(self.weight, self.settings, *layer.gate_tensors())
@@ -142,6 +143,8 @@ class ExcitedConv(_ConvNd):
 
     def _replicate_for_data_parallel(self) -> "ExcitedConv":
         replica = super()._replicate_for_data_parallel()
+        if self.source is not None and not self.source.is_unchanged(self):
+            replica.excited = None
         replica.source = None  # its weight is a copy of the one that was excited
         return replica
 
@@ -239,8 +242,8 @@ class Source(NamedTuple):
 
     Attributes:
         tensors: the weight and the gate's; None where the gate has none.
-        versions: a view of each, which shares the count of what was written to it, and that count. Inference tensors
-            have no such count.
+        versions: a view of each, which shares the count of what was written to it, and that count: the attributes of
+            a watched parameter take a detour. Inference tensors have no such count.
     """
 
     tensors: list[Tensor | None]
@@ -259,9 +262,6 @@ class Source(NamedTuple):
             and all(map(operator.is_, tensors, self.tensors))
             and all(view._version == version for view, version in self.versions)
         )
-
-
-NO_SOURCE = Source([], [])  # of an excited weight that may not be used again
 
 
 def _source_tensors(conv: ExcitedConv) -> list[Tensor | None]:
@@ -283,14 +283,15 @@ def excite(
 ) -> nn.Module:
     """Make a model's plain convolutions excited ones, with all that they have: parameters, hooks, names.
 
-    Without ``select``, these are the convolutions whose output a normalization takes, directly or through what keeps
-    its scale, such as additions, concatenation, pooling, padding and most activations. Without one, as in attention,
-    squeeze-and-excitation and heads, activations would saturate. A copy of the network is run to see it, on the meta
-    device, which takes no memory; for convolutions that the run doesn't come to, a warning says that the order of
-    modules was taken. Depthwise convolutions are left as they are, and so are those whose class has methods of its own;
-    one that only sets defaults is gone for PyTorch's. Do it before the optimizer, wrappers and copies for averaging are
-    made, and after weights are loaded. ``type(layer)(...)`` of an excited layer makes a plain one, unless it is told
-    how to excite.
+    Without ``select``, these are the convolutions whose output a normalization takes, directly or after what keeps its
+    scale, such as additions, concatenation, pooling, padding and most activations. Others stay plain, as before a
+    sigmoid, in attention or at the network's end, where they would saturate, or drown a parameter that is added. A copy
+    of the network is run to see it, on the meta device, which takes no memory; the order of modules decides what the
+    run doesn't reach, and a warning says so. A network that keeps tensors elsewhere than in itself, as in an
+    ``lru_cache``, needs an example on its device, as it would keep those of the run. Depthwise convolutions are left as
+    they are, and so are those whose class has methods of its own; one that only sets defaults is gone for PyTorch's. Do
+    it before the optimizer, wrappers and copies for averaging are made, and after weights are loaded.
+    ``type(layer)(...)`` of an excited layer makes a plain one, unless it is told how to excite.
 
     Args:
         module: changed in place. A single convolution is always excited.
@@ -304,8 +305,9 @@ def excite(
         The module.
 
     Raises:
-        ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, whose
-            weight is complex, reparametrized or not there yet. Nothing is changed then.
+        ValueError: an unknown excitation or formulation; no convolution to excite; one that is excited otherwise, or
+            whose weight is complex, reparametrized or uninitialized; an example that the network can't be run with.
+            Nothing is changed then.
     """
     settings = Settings(excitation, formulation, standardize)
     settings.check()
@@ -325,11 +327,10 @@ def excite(
             raise ValueError(f"the weight of {name or 'the layer'} is {kind}")
         else:
             chosen[conv] = plain_kind(conv)
+    if not reasons:
+        raise ValueError("there are no convolutions to excite")
     if all(reasons.values()):
-        raise ValueError(
-            "none of the convolutions can be excited, which a normalization must follow: "
-            f"{in_words(reasons.values())}; select= chooses others"
-        )
+        raise ValueError(f"excite() leaves every convolution plain: {in_words(reasons.values())}")
     for conv, base in chosen.items():
         conv.__class__ = KINDS[base]
         conv._set_up(settings)
@@ -341,17 +342,17 @@ def why_plain(
 ) -> dict[str, str]:
     """By the name of each convolution, why :func:`excite` leaves it plain, such as "depthwise"; empty if it doesn't."""
     convs = {name: conv for name, conv in model.named_modules() if isinstance(conv, PLAIN)}
-    takers = {} if select or model in convs.values() else find_other_takers(model, example)
+    consumers = {} if select or model in convs.values() else find_other_consumers(model, example)
     reasons = {}
     for name, conv in convs.items():
         if is_depthwise(conv):
             reasons[name] = "depthwise"
         elif select and not select(name, conv):
             reasons[name] = NOT_SELECTED
-        elif name in takers:
-            reasons[name] = f"before {takers[name]}"
+        elif name in consumers:
+            reasons[name] = f"before {consumers[name]}"
         elif not isinstance(conv, ExcitedConv) and "weight" in conv._parameters and plain_kind(conv) is None:
-            reasons[name] = "with a forward pass of its own"
+            reasons[name] = "with a forward() of its own"
         else:
             reasons[name] = ""
     return reasons
@@ -410,7 +411,8 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     Inside, each excited convolution has its excited weight in the attribute ``excited``, a leaf that gathers the
     gradient of every micro-batch, also from DataParallel's replicas; ``weight`` stays the raw parameter. At the end,
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are read,
-    unscaled and clipped, and the optimizer steps, after the block; ``zero_grad()`` may come anywhere. A layer whose
+    unscaled and clipped, and the optimizer steps, after the block; setting them to None, as ``zero_grad()`` does, may
+    come anywhere. A layer whose
     weight or gate is replaced or written to inside, or whose ``parameter.data`` is asked for, excites in each forward
     pass from there on, but in a network that is compiled, where nothing notices. For ``torch.autograd.grad()`` and
     ``backward(inputs=...)``, weights and gates have no part in what is computed inside: call them outside. To evaluate,
@@ -418,10 +420,13 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     DistributedDataParallel, which waits for those gradients, the next forward pass then raises. The excited weights and
     their gradients must not be kept: the next block overwrites the weights, and leaving this block the gradients.
 
+    Under DistributedDataParallel, all micro-batches but the last belong into its ``no_sync()``.
+
     Raises:
         ValueError: the model is wrapped in what can't work with it.
-        RuntimeError: inside, an optimizer of these weights steps, or their gradients are used; a backward pass comes
-            after the end; on a GPU, also where a weight is written to inside after it was used.
+        RuntimeError: inside, an optimizer of these weights steps, or their gradients are used; they are cleared for a
+            part of a layer alone, or a weight is written to after its backward pass; a backward pass comes after the
+            end.
     """
     modules = list(model.modules())
     _refuse_wrappers(modules)
@@ -434,7 +439,7 @@ def excited_once(model: nn.Module) -> Iterator[None]:
         _open_blocks[block] = convs
         for conv, leaf in zip(convs, leaves, strict=True):
             vars(conv).update(excited=leaf, source=Source.of(conv))
-        with watched([_gathering(conv) for conv in convs]):
+        with watched([_gathering(conv, weight) for conv, weight in zip(convs, weights, strict=True)]):
             yield
     finally:
         del _open_blocks[block]
@@ -453,8 +458,16 @@ def _can_be_excited_once(conv: ExcitedConv) -> bool:
     return conv.excites and conv.excited is None and "weight" in conv._parameters
 
 
-def _gathering(conv: ExcitedConv) -> Gathering:
-    return Gathering(conv.excited, conv.source.tensors, functools.partial(vars(conv).update, source=NO_SOURCE))
+def _gathering(conv: ExcitedConv, weight: Tensor) -> Gathering:
+    leaf, parameters = conv.excited, {id(tensor): tensor for tensor in conv.source.tensors if tensor is not None}
+
+    def forget() -> None:
+        vars(conv).update(excited=None, source=None)
+        if leaf.grad is not None:  # it flows by the weights that it is of
+            grad, leaf.grad = leaf.grad.clone(), None
+            torch.autograd.backward(weight, grad, retain_graph=True)
+
+    return Gathering(leaf, list(parameters.values()), forget, set())
 
 
 def _needs_grad(conv: ExcitedConv) -> bool:
@@ -565,7 +578,8 @@ def _refuse_backward(grad: Tensor) -> None:
 @contextlib.contextmanager
 def sent_excited(model: nn.Module) -> Iterator[None]:
     """Inside excited_once(), copy a model to other devices with its excited weights in place of the raw ones."""
-    convs = [module for module in model.modules() if isinstance(module, ExcitedConv) and module.excited is not None]
+    layers = [module for module in model.modules() if isinstance(module, ExcitedConv) and module.excited is not None]
+    convs = [conv for conv in layers if conv.source.is_unchanged(conv)]
     raw = [conv.weight for conv in convs]
     try:
         for conv in convs:

@@ -54,7 +54,8 @@ class _Excitation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        gate, saved = ctx.saved_tensors[: ctx.size - 1], Saved(*ctx.saved_tensors[ctx.size - 1 :])
+        tensors = ctx.saved_tensors
+        gate, saved = tensors[: ctx.size - 1], Saved(*tensors[ctx.size - 1 :])
         given = [torch.zeros_like(raw) if grad is None else grad for raw, grad in zip(saved.raw, grads, strict=True)]
         stack = _stack(given)
         with fused.full_precision(stack):

@@ -228,7 +228,7 @@ BAD_COMBINATIONS = {
     "-a resnet50_gn": "--arch l_resnet50 --excitation none --no-standardize",
     "--excitation paper": "--excitation: paper is a choice of --formulation",
     "-a resnet18 --formulation paper": "--formulation: resnet18 stays plain",
-    "-a squeezenet1_1 --excitation we": "normalization",
+    "-a squeezenet1_1 --excitation we": "every convolution plain",
     "-a squeezenet1_1 --image-size 8": "--image-size 8",
     "-a squeezenet1_1 --stem small": "--stem small",
     "-a vit_b_32 --image-size 33": "vit_b_32",

@@ -37,6 +37,11 @@ def test_a_network_has_the_excited_convolutions_that_it_is_given():
     }
 
 
+def test_convolutions_that_a_network_lacks():
+    with pytest.raises(ValueError, match=r"resnet18: there is no convolution no\.such"):
+        models.create("resnet18", excitation="we", excited=["conv1", "no.such"])
+
+
 def test_torchvision_is_untouched_unless_told():
     torch.manual_seed(0)
     ours = models.create("resnet18", num_classes=7)
@@ -190,6 +195,6 @@ def test_description():
     assert f" parameters, {gates:,} of them in gates; " in channel
     assert "BatchNorm" not in models.describe(models.create("l_resnet18"))
     mixed = models.describe(models.create("mobilenet_v3_small", excitation="we", formulation="paper"))
-    assert mixed.endswith("; plain are 11 depthwise, 9 before another layer, 9 before hardsigmoid")
+    assert mixed.endswith("; left plain: 11 depthwise, 9 before another layer, 9 before hardsigmoid")
     assert "; 23 of 52 convolutions excited; " in mixed
     assert models.describe(nn.Conv2d(16, 32, 1)) == "544 parameters; plain weights"

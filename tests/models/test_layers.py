@@ -207,7 +207,7 @@ def test_subclasses_of_pytorchs_convolutions():
     excite(model)
     assert isinstance(model[0], Conv2d) and model[0].weight is weight
     assert type(model[2]) is WithForward
-    assert models.describe(model).endswith("1 of 2 convolutions excited; plain are 1 with a forward pass of its own")
+    assert models.describe(model).endswith("1 of 2 convolutions excited; left plain: 1 with a forward() of its own")
     assert type(fold(model)[0]) is nn.Conv2d
     bias = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1), "bias", dim=None)
     for conv in (bias, WithCall(4, 4, 1), WithSlots(4, 4, 1)):

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from models.excitation import excite_weight
+from models.excitation import FORMULATIONS, ChannelGate, excite_weight
 from models.fused import full_precision
 from models.layers import Conv2d, excite, excited_once, fold
 
@@ -45,7 +45,7 @@ def images(count=2, size=7):
 def network(formulation="channel"):
     first, second = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU()], [nn.Conv2d(8, 4, 3), nn.GroupNorm(2, 4)]
     model = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(36, 2)).double()
-    return alive(excite(model, formulation=formulation))
+    return alive(excite(model, formulation=formulation, example=images(1)))
 
 
 def layer(formulation="channel", **arguments):
@@ -225,7 +225,7 @@ def test_zero_grad_at_the_start_of_the_block(formulation, set_to_none):
         same(*(gradients(each) for each, _ in pairs))
 
 
-@pytest.mark.parametrize("cleared", ["model", "optimizer", "first layers"])
+@pytest.mark.parametrize("cleared", ["model", "optimizer", "first layers", "one after another"])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_zero_grad_between_backward_passes(formulation, cleared, is_frozen):
     """All of the gradients or, as of one of two players, some; in later steps, also those of the step before."""
@@ -233,13 +233,19 @@ def test_zero_grad_between_backward_passes(formulation, cleared, is_frozen):
     model[0].weight.requires_grad_(not is_frozen)
     batches = [images() for _ in range(3)]
     for each, context in ((model, excited_once), (twin(model), contextlib.nullcontext)):
-        parts = {"model": each, "optimizer": torch.optim.SGD(each.parameters()), "first layers": each[:3]}
+        first, *rest = each.parameters()
+        parts = {
+            "model": [each],
+            "optimizer": [torch.optim.SGD(each.parameters())],
+            "first layers": [each[:3]],
+            "one after another": [torch.optim.SGD(rest), torch.optim.SGD([first])],
+        }
         for _ in range(2):
             with context(each):
                 for index, batch in enumerate(batches):
                     loss(each, batch).backward()
-                    if index == 1:
-                        parts[cleared].zero_grad()
+                    for part in parts[cleared] if index == 1 else ():
+                        part.zero_grad()
         found.append(gradients(each))
     same(*found)
 
@@ -259,6 +265,76 @@ def test_zero_grad_with_a_weight_in_two_layers_and_blocks(formulation):
 
 
 scaler = torch.amp.GradScaler("cpu")
+
+
+def test_gradients_that_are_set_inside(formulation):
+    """To numbers, which are what the layers begin with again; and deleted."""
+    found = []
+    for model, context in ((network(formulation), excited_once), (None, contextlib.nullcontext)):
+        model = model or twin(found[0][0])
+        torch.manual_seed(1)
+        with context(model):
+            loss(model, images()).backward()
+            for parameter in model[0].parameters():
+                parameter.grad = torch.ones_like(parameter)
+            for parameter in model[3].parameters():
+                del parameter.grad
+            loss(model, images()).backward()
+        found.append((copy.deepcopy(model), gradients(model)))
+    same(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", ["0.weight", "3.gate.fc1.bias"])
+def test_gradients_of_a_part_of_a_layer_cant_be_cleared_alone(name):
+    model = network()
+    with pytest.raises(RuntimeError, match="for its weight and its gate"), excited_once(model):
+        loss(model, images()).backward()
+        model.get_parameter(name).grad = None
+    with excited_once(model):
+        model.get_parameter(name).grad = None
+        loss(model, images()).backward()
+
+
+def test_a_gate_whose_layers_share_a_tensor(monkeypatch):
+    class Tied(ChannelGate):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.fc2.weight = self.fc1.weight
+
+        def forward(self, statistic):
+            return self.broadcast(self.fc2(self.fc1(self.scaled(statistic)).abs()).sigmoid())
+
+    monkeypatch.setitem(FORMULATIONS, "tied", {"mwe": Tied})
+    model = nn.Sequential(Conv2d(3, 4, 2, formulation="tied"), nn.GroupNorm(2, 4)).double()
+    check_loss(model, twin(model))
+
+
+def test_layers_that_are_frozen_and_trained_inside_a_block(formulation):
+    """As of two players: what is frozen gathers nothing, and what is trained from then on does."""
+    model, found = network(formulation), []
+    for each, context in ((model, excited_once), (twin(model), contextlib.nullcontext)):
+        each[0].requires_grad_(False)
+        torch.manual_seed(1)
+        with context(each):
+            loss(each, images()).backward()
+            each[0].requires_grad_(True)
+            each[3].requires_grad_(False)
+            loss(each, images()).backward()
+            each[3].requires_grad_(True)
+        found.append(gradients(each))
+    same(*found)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_without_a_block(formulation, use_reentrant):
+    model, batch = network(formulation), images().requires_grad_()
+    reference = twin(model)
+    checkpoint(model, batch, use_reentrant=use_reentrant).sin().square().sum().backward()
+    loss(reference, batch).backward()
+    same(gradients(model), gradients(reference))
+
+
 USES = {
     "clip_grad_norm_": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1),
     "clip_grad_value_": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1),
@@ -306,12 +382,15 @@ def test_data_that_is_written_to_inside_a_block(formulation, write):
     model, batch = network(formulation), images()
     reference = twin(model)
     with excited_once(model):
-        before = model(batch)
-        with torch.no_grad():
-            for each in (model, reference):
+        for each in (model, reference):
+            before = loss(each, batch)
+            before.backward()
+            with torch.no_grad():
                 WRITES[write](each)
-        same([model(batch)], [reference(batch)])
-        assert not torch.allclose(before, model(batch))
+            after = loss(each, batch)
+            assert not torch.allclose(before, after)
+            after.backward()
+    same(gradients(model), gradients(reference))
 
 
 def through_file(model):
@@ -462,9 +541,10 @@ def test_a_layer_reparametrized_after_it_was_excited(formulation, kind):
 def test_exciting_twice(other):
     model = network()
     parameters = list(model.parameters())
-    assert all(one is two for one, two in zip(excite(model).parameters(), parameters, strict=True))
+    again = excite(model, example=images(1))
+    assert all(one is two for one, two in zip(again.parameters(), parameters, strict=True))
     with pytest.raises(ValueError, match="0 is excited already"):
-        excite(model, **other)
+        excite(model, **other, example=images(1))
 
 
 def test_a_frozen_layer_gets_a_frozen_gate():
