@@ -36,7 +36,7 @@ from utils.network.optimizers import OPTIMIZERS, build_average, build_optimizer,
 from utils.network.parallel import over_devices, parallelize, reduce_if, share_buffers, smallest_part
 from utils.network.random_state import random_state, seed_dropout, undone_if_stopped
 from utils.reports.logger import Logger
-from utils.reports.meters import Measured, Progress, Scores, Sums, Transfer
+from utils.reports.meters import Measured, Progress, Scores, Sums, Transfer, describe_bad_start
 from utils.reports.predictions import Predictions
 from utils.runs import checkpoint
 from utils.runs.run_folder import RunFolder
@@ -67,6 +67,7 @@ def build_parser() -> Parser:
     add("--cardinality", **COUNT, default=32, help="groups of l_resnext* [%(default)s]")
     add("--base-width", **COUNT, default=4, help="channels per group of l_resnext*, in its first stage [%(default)s]")
     add("--stem", choices=models.STEMS, default="large", help="small: for images of 28 to 64 pixels [%(default)s]")
+    add("--zero-init-residual", **SWITCH, default=False, help="residual blocks begin as their shortcuts [no]")
     add("--excitation", choices=EXCITATIONS, help=we)
     add("--formulation", choices=FORMULATIONS, default="channel", help=halves)
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")
@@ -324,6 +325,9 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
             group["lr"] = learning_rate(args, run.epoch, run.step, data.steps)
         seed_dropout(args.seed, run.epoch, run.step)
         train_step(run, micro_batches, stop)
+        is_early = run.epoch == 0 and run.step == min(100, data.steps)
+        if is_early and (advice := describe_bad_start(run.scores, len(data.classes))):
+            progress.tell(advice)
         if args.save_freq and run.step % args.save_freq == 0:
             folder.save(run.checkpoint(), run.log)
         stop.check(run.is_stopping)  # raises Stopped, in all processes after the same step

@@ -36,6 +36,7 @@ def create(
     cardinality: int = 32,
     base_width: int = 4,
     stem: str = "large",
+    zero_init_residual: bool = False,
     drop: float = 0.0,
     image_size: int = 224,
     excited: Collection[str] | None = None,
@@ -51,6 +52,7 @@ def create(
         formulation, standardize: as for :class:`models.layers.ExcitedConv`.
         cardinality, base_width: of l_resnext*.
         stem: ``large`` or, for images of 28 to 64 pixels, ``small``: of l_* and of torchvision's ResNets and ResNeXts.
+        zero_init_residual: whether residual blocks begin as their shortcuts, of l_* and of torchvision's ResNets.
         drop: probability of dropout before the classifier, beside what a torchvision architecture has of its own.
         image_size: for the torchvision architectures that are built for one size.
         excited: names of the convolutions to excite in a torchvision architecture, as :func:`excited_names` gives them.
@@ -71,19 +73,24 @@ def create(
         return EXCITED[arch](
             num_classes=num_classes,
             small_stem=stem == "small",
+            zero_init_residual=zero_init_residual,
             drop=drop,
             **width,
             **settings | {"excitation": excitation or "we"},
         )
     if arch not in TORCHVISION:
         raise ValueError(f"there is no architecture {arch!r}")
-    if stem == "small" and pretrained:
-        raise ValueError(f"there is no small stem for {arch} with pretrained weights")
+    beginnings = {"small stem": stem == "small", "zero-initialized residual": zero_init_residual}
+    wanted = [name for name, is_wanted in beginnings.items() if is_wanted]
+    if wanted and pretrained:
+        raise ValueError(f"there is no {wanted[0]} for {arch} with pretrained weights")
     model = _torchvision(arch, num_classes, pretrained, drop, image_size)
+    if wanted and not isinstance(model, torchvision.models.ResNet):
+        raise ValueError(f"there is no {wanted[0]} for {arch}")
     if stem == "small":
-        if not isinstance(model, torchvision.models.ResNet):
-            raise ValueError(f"there is no small stem for {arch}")
         resnet.use_small_stem(model)
+    if zero_init_residual:
+        resnet.begin_as_shortcuts(model)
     if excitation is not None:
         try:
             excite(model, **settings, select=_select(model, excited), example=meta_image(image_size))

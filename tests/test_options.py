@@ -31,6 +31,7 @@ DEFAULTS = {
     "cardinality": 32,
     "base_width": 4,
     "stem": "large",
+    "zero_init_residual": False,
     "excitation": None,
     "formulation": "channel",
     "standardize": True,
@@ -347,6 +348,14 @@ def test_the_network_is_the_one_that_was_asked_for(train):
     weight = standardized.first.conv1.weight
     mean, std = weight.mean((1, 2, 3), keepdim=True), weight.std((1, 2, 3), keepdim=True)
     torch.testing.assert_close(output, nn.functional.conv2d(images, (weight - mean) / (std + 1e-5), None, 2, 3))
+
+
+def test_residual_blocks_begin_as_their_shortcuts(train):
+    """--zero-init-residual: the last norm of a block has the scale 0, and the others 1."""
+    for words, scale in (("--zero-init-residual", 0), ("", 1)):
+        norms = train(f"{words} --lr 0", f"run{words}").first.layer1[0]
+        assert torch.equal(norms.bn2.weight, torch.full((64,), float(scale)))
+        assert torch.equal(norms.bn1.weight, torch.ones(64))
 
 
 def test_dropout_comes_before_the_classifier(train):

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import imagenet
 import models
-from tests.helpers import EXCITED, checkpoint
+from tests.helpers import BATCH_NORM, EXCITED, checkpoint
 from utils.images.samples import Batch
 from utils.network.forward import classify
 from utils.reports.logger import read_log
@@ -122,3 +122,9 @@ def test_the_cosine_has_no_drops():
     args = imagenet.build_parser().parse_args(["--cosine"])
     assert imagenet.learning_rate(args, 45, 0, 10) == pytest.approx(0.05)
     assert imagenet.build_parser().parse_args(["--schedule", "30,", "60"]).schedule == [30, 60]
+
+
+@pytest.mark.parametrize("lr, is_bad", [("30", True), ("0.001", False)])
+def test_a_bad_start_is_told_once(command, images, tmp_path, lr, is_bad):
+    out = command("-d", images, "-c", tmp_path / "run", *BATCH_NORM, "--epochs", 2, "--lr", lr).out
+    assert out.count("far above that of guessing") == is_bad

@@ -93,6 +93,14 @@ def use_small_stem(model: nn.Module) -> None:
     model.maxpool = nn.Identity()
 
 
+def begin_as_shortcuts(model: nn.Module) -> None:
+    """Let each residual block of a ResNet begin as its shortcut: the scale of its last norm is 0 (arXiv 1706.02677)."""
+    for module in model.modules():
+        if hasattr(module, "downsample"):
+            last = module.bn3 if hasattr(module, "bn3") else module.bn2
+            nn.init.zeros_(last.weight)
+
+
 class ResNet(nn.Module):
     """ResNet or ResNeXt.
 
@@ -103,6 +111,7 @@ class ResNet(nn.Module):
         depths: blocks in each of the four stages.
         groups, base_width: ResNeXt's cardinality, and the width of a group in the first stage.
         small_stem: whether it begins with :func:`use_small_stem`'s layers.
+        zero_init_residual: whether it begins by :func:`begin_as_shortcuts`.
         num_classes: of the classifier.
         drop: probability of dropout before the classifier.
         norm_layer: makes a norm of so many channels.
@@ -120,6 +129,7 @@ class ResNet(nn.Module):
         groups: int = 1,
         base_width: int = 64,
         small_stem: bool = False,
+        zero_init_residual: bool = False,
         num_classes: int = 1000,
         drop: float = 0.0,
         norm_layer: Norm = group_norm,
@@ -147,6 +157,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if zero_init_residual:
+            begin_as_shortcuts(self)
         # Last, so that networks of one seed begin with the same weights, whatever gates they have. A norm follows each.
         excite(self, select=lambda name, conv: True, **excitation)
 

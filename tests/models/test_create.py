@@ -166,16 +166,29 @@ def test_networks_and_weights_that_there_are_not(arch, pretrained):
 
 
 @pytest.mark.parametrize(
-    "arch, pretrained, text",
-    [
-        ("resnet18", True, "no small stem for resnet18 with pretrained weights"),
-        ("shufflenet_v2_x0_5", False, "no small stem for shufflenet_v2_x0_5"),
-    ],
+    "option, name", [({"stem": "small"}, "small stem"), ({"zero_init_residual": True}, "zero-init")]
 )
-def test_networks_without_a_small_stem(arch, pretrained, text):
-    """Pretrained weights would lose the stem that they were trained with, and aren't even downloaded."""
-    with pytest.raises(ValueError, match=text):
-        models.create(arch, pretrained=pretrained, stem="small")
+def test_networks_that_cant_begin_so(option, name):
+    """Pretrained weights would lose the layers that they were trained with, and aren't even downloaded."""
+    for arch, pretrained, text in (("resnet18", True, " with pretrained weights"), ("shufflenet_v2_x0_5", False, "")):
+        with pytest.raises(ValueError, match=f"no {name}.* for {arch}{text}"):
+            models.create(arch, pretrained=pretrained, **option)
+
+
+@pytest.mark.parametrize("depth", ["18", "50"])
+def test_residual_blocks_that_begin_as_their_shortcuts(depth):
+    """As torchvision's with its own option; all else is as without it."""
+    made = {}
+    for arch in (f"resnet{depth}", f"l_resnet{depth}"):
+        for is_zero in (False, True):
+            torch.manual_seed(0)
+            made[arch, is_zero] = models.create(arch, num_classes=2, zero_init_residual=is_zero).state_dict()
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=2, zero_init_residual=True).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in made[f"resnet{depth}", True].items())
+    last = {f"layer{stage}.{index}.bn{3 if depth == '50' else 2}.weight" for stage in range(1, 5) for index in range(6)}
+    for name, value in made[f"l_resnet{depth}", True].items():
+        assert not value.any() if name in last else torch.equal(value, made[f"l_resnet{depth}", False][name])
 
 
 @pytest.mark.parametrize("classifier", [nn.Linear(4, 5, bias=False), nn.Linear(4, 5), nn.Conv2d(4, 5, 1)])

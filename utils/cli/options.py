@@ -272,6 +272,8 @@ def refusing_network(args: Options) -> Iterator[None]:
             names += " --pretrained"
         if args.stem == "small":
             names += " --stem small"
+        if args.zero_init_residual:
+            names += " --zero-init-residual"
         if args.arch.startswith("l_resnext"):
             names += f" --cardinality {args.cardinality} --base-width {args.base_width}"
         raise BadInput(f"{names}: {str(error).splitlines()[0]}") from error

@@ -1,6 +1,7 @@
 """What a run measures: loss, accuracies, and the progress and speed of an epoch."""
 
 import contextlib
+import math
 import shutil
 import signal
 import sys
@@ -136,6 +137,17 @@ class Scores:
         return f"loss {self.loss:.4f} top-1 {self.top1:.2f}{top5}{skipped}"
 
 
+def describe_bad_start(scores: Scores, classes: int) -> str:
+    """What to try where the training loss of a run's first steps is over twice that of guessing; else nothing."""
+    guessing = math.log(classes)
+    if classes == 1 or scores.loss <= 2 * guessing:
+        return ""
+    return (
+        f"The training loss so far, {scores.loss:.1f}, is far above that of guessing, {guessing:.1f}: try a lower --lr "
+        "or --warmup; of a deep ResNet, --zero-init-residual"
+    )
+
+
 class Waiting(Protocol):
     """Has the seconds spent waiting for data."""
 
@@ -168,6 +180,10 @@ class Progress:
             # A hidden cursor would stay hidden if the process were killed.
             self.bar = Bar(label, max=max(steps, 1), file=sys.stdout, suffix="%(text)s", hide_cursor=False)
             self.bar.index = done
+
+    def tell(self, text: str) -> None:
+        """Print a line in the middle of the epoch."""
+        print(("" if self.bar is None else "\r\x1b[K") + text)
 
     def track(self, iterable: Iterable) -> Iterator:
         """Yield the steps; each counts as done when the next one is asked for."""

@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from tests.helpers import send
 from utils.reports import meters
-from utils.reports.meters import Progress, Scores, Sums, batch_sums
+from utils.reports.meters import Progress, Scores, Sums, batch_sums, describe_bad_start
 
 
 @pytest.mark.parametrize("classes", [2, 5, 30])
@@ -53,6 +54,25 @@ def test_a_line_only_every_ten_seconds(monkeypatch, capsys):
     expected = "label 15/30  ETA 0:15, run 1:00:15  loss 2.0000  top-1 33.33  32 img/s  top-5 66.67  data 0.250s"
     assert lines[0] == f"{expected}  step 1.000s  elapsed 0:10"
     assert scores.seconds == 125
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_bad_start(monkeypatch, capsys, is_terminal):
+    """Guessing among n classes has the loss ln n."""
+    for classes, loss, is_bad in (
+        (10, 4.6, False),
+        (10, 4.7, True),
+        (1000, 13.7, False),
+        (1, 3, False),
+    ):
+        advice = describe_bad_start(Scores([8 * loss, 0, 0, 8, 0, 0], classes), classes)
+        assert bool(advice) == is_bad
+        assert not is_bad or "loss so far, 4.7, is far above that of guessing, 2.3" in advice
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    progress = Progress("Epoch 1/2", 3, 4, SimpleNamespace(waited=0.0), Scores())
+    capsys.readouterr()
+    progress.tell("text")
+    assert capsys.readouterr().out == ("\r\x1b[K" if is_terminal else "") + "text\n"
 
 
 def test_a_pause_does_not_count(monkeypatch):
