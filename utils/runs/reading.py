@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def _check(file: Path, start: bytes) -> None:
                 names = {name.rpartition("/")[2] for name in archive.namelist()}
                 # torch takes a member with a folder's attribute for a folder, and leaves its tensor's memory unset.
                 has_folders = any(part.external_attr for part in archive.infolist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, RuntimeError, EOFError) as error:
         raise damaged(file, str(error)) from error
     if not is_zip:
         if start.startswith(b"PK\3\4") or not start.strip(b"\0"):  # a torn write leaves zeros

@@ -439,6 +439,17 @@ def test_flipped_bytes(whole, tmp_path, count):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB: none took a size at its word
 
 
+@pytest.mark.parametrize("method", [8, 12, 14, 99])
+def test_members_that_claim_to_be_compressed(whole, tmp_path, method):
+    """A flipped byte of the zip's directory: deflate, bzip2, LZMA, and what there is not."""
+    data, found = whole
+    mutated, at = bytearray(data), data.index(b"PK\1\2")
+    while at >= 0:
+        mutated[at + 10] = method
+        at = data.find(b"PK\1\2", at + 1)
+    assert refused_or_equal(mutated, tmp_path / "compressed", found)
+
+
 def parts(value: object) -> list[tuple]:
     """Each part of nested dicts and lists, as what holds it and its key there."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
