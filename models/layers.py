@@ -411,16 +411,16 @@ def excited_once(model: nn.Module) -> Iterator[None]:
     Inside, each excited convolution has its excited weight in the attribute ``excited``, a leaf that gathers the
     gradient of every micro-batch, also from DataParallel's replicas; ``weight`` stays the raw parameter. At the end,
     the gathered gradient flows through the excitation once, to the raw weights and the gates. So gradients are read,
-    unscaled and clipped, and the optimizer steps, after the block; setting them to None, as ``zero_grad()`` does, may
-    come anywhere. A layer whose
-    weight or gate is replaced or written to inside, or whose ``parameter.data`` is asked for, excites in each forward
-    pass from there on, but in a network that is compiled, where nothing notices. For ``torch.autograd.grad()`` and
-    ``backward(inputs=...)``, weights and gates have no part in what is computed inside: call them outside. To evaluate,
+    unscaled and clipped, and the optimizer steps, after the block; they can be set to None anywhere, as ``zero_grad()``
+    does. For ``torch.autograd.grad()`` and ``backward(inputs=...)``, weights and gates have no part in what is computed
+    inside: call them outside. Under DistributedDataParallel, all micro-batches but the last belong into its
+    ``no_sync()``.
+
+    A layer whose weight or gate is replaced or written to inside, or whose ``parameter.data`` is asked for, excites in
+    each forward pass from there on, but in a network that is compiled, where nothing notices. To evaluate,
     :func:`fold`: under ``no_grad()``, a block keeps what gradients would need. After an exception nothing flows; under
     DistributedDataParallel, which waits for those gradients, the next forward pass then raises. The excited weights and
     their gradients must not be kept: the next block overwrites the weights, and leaving this block the gradients.
-
-    Under DistributedDataParallel, all micro-batches but the last belong into its ``no_sync()``.
 
     Raises:
         ValueError: the model is wrapped in what can't work with it.
