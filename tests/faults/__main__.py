@@ -61,9 +61,11 @@ TESTS = {
     "utils/cli/outputs.py": "test_visualize.py test_imagenet.py",
     "utils/cli/script.py": "utils/cli/test_script.py test_two_processes.py test_gpu_paths.py test_places.py",
     "utils/compare.py": "test_study.py utils",
+    "utils/prepare.py": "utils/images/test_downloads.py",
     "utils/files.py": "utils/runs/test_run_folder.py test_places.py test_resuming.py",
     "utils/images/data.py": "utils/images/test_data.py test_two_processes.py test_options.py test_gpu_paths.py "
     "test_imagenet.py",
+    "utils/images/downloads.py": "utils/images/test_downloads.py",
     "utils/images/demo.py": "utils/images/test_demo.py test_imagenet.py test_places.py",
     "utils/images/folders.py": "utils/images/test_data.py test_options.py test_imagenet.py",
     "utils/images/pixels.py": "utils/images/test_pixels.py utils/images/test_data.py test_options.py",

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import ROOT
 
 # From the ground up; the first are the files that lie in utils itself.
-WINGS = ("errors words files start", "machine", "images", "reports", "network", "runs", "cli", "compare")
+WINGS = ("errors words files start", "machine", "images", "reports", "network", "runs", "cli", "compare prepare")
 # What has to do with networks, or with their names; all else knows images, numbers and files alone.
 USERS_OF_MODELS = {
     "utils/network/parallel.py",  # replicas take weights that are excited already

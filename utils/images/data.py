@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ import torch
 
 from utils.errors import BadInput, RunFailed
 from utils.images.demo import draw_demo
+from utils.images.downloads import is_download
 from utils.images.folders import ImageFolder, alike, check_same_classes
 from utils.images.samples import Batch, Images, Samples, Source, shuffle
 from utils.images.workers import Key, Workers
@@ -28,6 +30,11 @@ def image_folders(folder: str, split: str) -> ImageFolder:
     """The usual source: train/CLASS/ and val/CLASS/."""
     if not os.path.exists(folder):
         raise BadInput(f"--data: {folder} isn't here; name the folder that holds train/CLASS/ and val/CLASS/ by --data")
+    if is_download(folder):
+        raise BadInput(
+            f"--data: {folder} holds ImageNet as it is downloaded: python -m utils.prepare {shlex.quote(folder)} DIR "
+            "makes a folder of train/CLASS/ and val/CLASS/ of it"
+        )
     parent = Path(folder).parent
     if not os.path.exists(Path(folder, VAL)) and Path(parent, VAL).is_dir():
         raise BadInput(f"--data: {folder} has no folder {VAL}; did you mean {parent}?")
