@@ -152,7 +152,7 @@ def describe(model: nn.Module, example: object = None) -> str:
     parts += [f"{letters.upper()} ({name_in_words(half)})" for letters, half in first.settings.halves().items()]
     text = f"{total}, {gates:,} of them in gates; {', '.join(parts)}; {len(convs)} of {len(every)} convolutions excited"
     if len(convs) < len(every):
-        excited = {name for name, module in model.named_modules() if module in convs}
+        excited = set(excited_names(model))
         reasons = [reason for name, reason in why_plain(model, None, example).items() if name not in excited]
         text += f"; left plain: {in_words(reason or NOT_SELECTED for reason in reasons)}"
     if not all(conv.layer().is_known() for conv in convs):
