@@ -247,6 +247,20 @@ def test_sizes_are_tried(classes, pixels):
     assert flow.find_other_consumers(model) == {"0": "another layer"}
 
 
+def test_an_error_that_is_not_about_the_size_is_met_twice():
+    """And not once for each size."""
+    seen = []
+
+    def function(net, x):
+        seen.append(x.shape)
+        return net.norm(net.conv(x)).sum().item()
+
+    with pytest.warns(UserWarning, match="ended in"):
+        flow.find_other_consumers(Network(function))
+    assert seen[:2] == [(1, 8, 224, 224), (1, 8, 256, 256)]
+    assert sum(shape[1] == 8 for shape in seen) == 2
+
+
 @pytest.mark.filterwarnings("error")
 def test_signals_films_and_layers_that_come_before_the_first_convolution():
     for kind, norm in ((nn.Conv1d, nn.BatchNorm1d), (nn.Conv3d, nn.BatchNorm3d)):
