@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             finish(unfinished, folder)
         except OSError as error:
             raise RunFailed(
-                f"can't write {error.filename or args.folder}: {error.strerror}; the same command goes on from there"
+                f"{error.filename or args.folder}: {error.strerror or error}; the same command goes on from there"
             ) from error
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from there", file=sys.stderr)
@@ -87,10 +87,10 @@ def begin(unfinished: Path, settings: str) -> None:
 
 def finish(unfinished: Path, folder: Path) -> None:
     """Give the folder of a whole split its name, once all of it is on the disk."""
-    (unfinished / SETTINGS).unlink()
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
     unfinished.rename(folder)
+    (folder / SETTINGS).unlink()  # last: a folder that is gone on with must know them
 
 
 def prepare(name: str, jobs: list[Job], write: Callable[[Job], int], workers: int) -> int:

@@ -19,7 +19,7 @@ from utils import prepare
 from utils.cli.script import call
 from utils.errors import BadInput
 from utils.images.data import image_folders
-from utils.images.downloads import KIT, SOLUTION, TRAIN_TAR, VAL_TAR
+from utils.images.downloads import KIT, SOLUTION, TRAIN_TAR, VAL_TAR, find_splits
 from utils.images.folders import ImageFolder
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
@@ -180,20 +180,35 @@ def test_it_goes_on_where_it_stopped(archives, command, tmp_path, monkeypatch):
     assert "is there already" in command(archives, made)[1]
 
 
+def test_a_split_without_its_name_yet_knows_its_settings(archives, command, tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.rename", fails)
+    assert "No space left on device" in command(archives, tmp_path / "made")[2]
+    monkeypatch.undo()
+    assert "was begun as downloaded" in command(archives, tmp_path / "made", "--shorter", 20)[2]
+    assert command(archives, tmp_path / "made")[0] == 0
+    assert not list((tmp_path / "made").rglob(".*"))
+
+
 def test_reduced_images(archives, command, tmp_path):
     """Those of 60 x 40 become 30 x 20 with their EXIF, and smaller ones stay as they are, byte for byte."""
     exif = Image.Exif()
     exif[0x0112] = 6
     small = encoded(PICTURE.resize((30, 15)), "JPEG")
     members = {"a.JPEG": encoded(PICTURE, "JPEG", exif=exif), "b.JPEG": small, "c.JPEG": encoded(PICTURE, "PNG")}
+    members |= {"d.JPEG": encoded(PICTURE.convert("RGBA"), "PNG"), "e.JPEG": encoded(PICTURE.quantize(50), "PNG")}
+    members |= {"f.JPEG": encoded(PICTURE.convert("CMYK"), "JPEG"), "g.JPEG": encoded(PICTURE.convert("L"), "JPEG")}
     (archives / TRAIN_TAR).write_bytes(tar_of({f"{kind}.tar": tar_of(members) for kind in CLASSES}))
     assert command(archives, tmp_path / "made", "--shorter", 20, "--quality", 95)[0] == 0
     folder = tmp_path / "made/train/n01440764"
     first = Image.open(folder / "a.JPEG")
     assert (first.size, first.format, first.getexif()[0x0112]) == ((30, 20), "JPEG", 6)
     assert (folder / "b.JPEG").read_bytes() == small
-    third = Image.open(folder / "c.JPEG")
-    assert (third.size, third.format, third.mode) == ((30, 20), "JPEG", "RGB")
+    for name, mode in zip("cdefg", ("RGB", "RGB", "RGB", "CMYK", "L"), strict=True):
+        image = Image.open(folder / f"{name}.JPEG")
+        assert (image.size, image.format, image.mode) == ((30, 20), "JPEG", mode)
     assert command(archives, tmp_path / "worse", "--shorter", 20, "--quality", 10)[0] == 0
     assert (tmp_path / "worse/train/n01440764/a.JPEG").stat().st_size < (folder / "a.JPEG").stat().st_size
 
@@ -228,9 +243,9 @@ HOSTILE = {  # the archive, and what is said
     "ends in an image": (WHOLE[:20000], "is damaged"),
     "ends between two": (tar_of({"n01440764.tar": without_end(tar_of(images_of("n01440764")))}), "it ends early"),
     "an inner one that is none": (tar_of({"n01440764.tar": b"x" * 2000}), "is damaged"),
-    "a class is lacking": (
+    "classes are lacking": (
         tar_of({"n01440764.tar": tar_of(images_of("n01440764"))}),
-        "train and val have other classes",
+        "train and val have other classes, such as n01443537:",
     ),
 }
 
@@ -239,13 +254,25 @@ HOSTILE = {  # the archive, and what is said
 def test_archives_that_cant_be_used(archives, command, tmp_path, kind):
     contents, text = HOSTILE[kind]
     (archives / TRAIN_TAR).write_bytes(contents)
-    if kind != "a class is lacking":
+    if kind != "classes are lacking":
         (archives / VAL_TAR).unlink()
     before = set(tmp_path.rglob("*"))
     status, _, err = command(archives, tmp_path / "made")
-    assert ((status, err.count("\n")) == (2, 1) and text in err and TRAIN_TAR in err) or kind == "a class is lacking"
+    assert (status, err.count("\n")) == (2, 1)
+    assert text in err and (str(archives) if kind == "classes are lacking" else TRAIN_TAR) in err
     assert not (tmp_path / "made/train").exists()
     assert {path for path in tmp_path.rglob("*") if (tmp_path / "made") not in (path, *path.parents)} == before
+
+
+def test_sizes_are_those_of_the_images(archives, kaggle):
+    """By which the time left is told."""
+    sizes = {"train": [len(picture) for kind in CLASSES for picture in images_of(kind).values()], "val": None}
+    sizes["val"] = [len(picture) for picture in VAL.values()]
+    for name, split in find_splits(kaggle).items():
+        assert sum(job.size for job in split.jobs) == sum(sizes[name])
+    splits = find_splits(archives)
+    assert sum(job.size for job in splits["val"].jobs) == sum(sizes["val"])
+    assert [job.size for job in splits["train"].jobs] == [len(tar_of(images_of(kind))) for kind in CLASSES]
 
 
 def test_labels_that_cant_be_used(archives, kaggle, command, tmp_path, monkeypatch):
@@ -258,6 +285,8 @@ def test_labels_that_cant_be_used(archives, kaggle, command, tmp_path, monkeypat
             "labels",
         ),
         (archives / KIT, b"x" * 100, "is damaged"),
+        (archives / KIT, kit()[:400], "is damaged"),
+        (archives / KIT, kit()[:200] + bytes(100) + kit()[300:], "is damaged"),
         (archives / KIT, None, f"put {KIT} or Kaggle's {SOLUTION} beside it"),
         (kaggle / SOLUTION, b"ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 1 2 3 4\n", "doesn't have"),
         (kaggle / SOLUTION, b"ImageId,PredictionString\nILSVRC2012_val_00000001,../../x\n", "none of ImageNet's"),
@@ -268,6 +297,11 @@ def test_labels_that_cant_be_used(archives, kaggle, command, tmp_path, monkeypat
         status, _, err = command(file.parent, tmp_path / "made")
         assert status == 2 and text in err and err.count("\n") == 1, err
     (archives / KIT).write_bytes(kit())
+    monkeypatch.setattr(
+        "tarfile.open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    assert f"can't read {archives / VAL_TAR}: Permission denied\n" in command(archives, tmp_path / "made")[2]
+    monkeypatch.undo()
     (archives / VAL_TAR).write_bytes(tar_of(dict([*VAL.items()][:-1])))
     assert "one isn't whole" in command(archives, tmp_path / "made")[2]
     monkeypatch.setitem(sys.modules, "scipy.io", None)
