@@ -11,6 +11,7 @@ if __name__ == "__main__":
     import utils.start  # noqa: F401
 
 import argparse
+import functools
 import math
 import os
 from collections import deque
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import models
 from models.excitation import EXCITATIONS, FORMULATIONS
@@ -26,12 +28,13 @@ from utils.cli import options, outputs
 from utils.cli.arguments import COUNT, EPOCHS, FACTOR, FOLDER, NATURAL, PROBABILITY, SWITCH, Kind, Options, Parser, path
 from utils.cli.script import run_script
 from utils.errors import NotFinite, RunFailed
+from utils.images.augmentation import POLICIES, Mix
 from utils.images.data import Data, image_folders
 from utils.images.samples import Batch, Source
 from utils.machine import distributed, torchrun
 from utils.machine.devices import describe_devices, open_devices, peak_memory
 from utils.machine.signals import Stop, Stopped
-from utils.network.forward import Uint8Model, classify
+from utils.network.forward import Uint8Model, binary_cross_entropy, classify
 from utils.network.optimizers import OPTIMIZERS, build_average, build_optimizer, load_optimizer, step_if
 from utils.network.parallel import over_devices, parallelize, reduce_if, share_buffers, smallest_part
 from utils.network.random_state import random_state, seed_dropout, undone_if_stopped
@@ -59,6 +62,7 @@ def build_parser() -> Parser:
     add("-d", "--data", kind=OWN, **FOLDER, help="folder with train/CLASS/ and val/CLASS/; -e needs only val")
     add("-j", "--workers", kind=OWN | MACHINE, **NATURAL, help="processes that load images [8 a GPU, at most cores]")
     add("--image-size", kind=KEYWORD, **COUNT, default=224, help="pixels, the side of the network's input [224]")
+    add("--val-image-size", **COUNT, help="the same in validation [--image-size]")
     add("--skip-bad-images", **SWITCH, default=False, help="leave out images that can't be decoded [no]")
     add("--demo", kind=ONCE, action="store_true", help="draw ten classes of shapes, and train on them, in a minute")
 
@@ -93,7 +97,14 @@ def build_parser() -> Parser:
     add("--decay", kind=FIXED, choices=models.DECAYS, default="all", help="weights: spare biases, norms, gates [all]")
     add("--ema", **PROBABILITY, default=0.0, help="validate a moving average of the weights, of this decay [0: none]")
     add("--label-smoothing", **PROBABILITY, default=0.0, help="of the training loss [%(default)s]")
+    add("--bce", **SWITCH, default=False, help="train by the binary cross entropy of each class [no]")
     add("--seed", "--manualSeed", kind=ORDER, **NATURAL, default=0, help="of weights, shuffles, crops and dropout [0]")
+
+    add = parser.group("augmentation")
+    add("--auto-augment", choices=POLICIES, default="off", help="TrivialAugmentWide or RandAugment [%(default)s]")
+    add("--random-erase", **PROBABILITY, default=0.0, help="probability of erasing a rectangle [0]")
+    add("--mixup", **FACTOR, default=0.0, help="alpha; with --cutmix, each takes half of the batches [0: none]")
+    add("--cutmix", **FACTOR, default=0.0, help="alpha [0: none]")
 
     add = parser.group("run", ONCE)
     add("-c", "--checkpoint", kind=ONCE | OWN | PLACE, **FOLDER, help="the run's folder [checkpoints/imagenet/ARCH]")
@@ -185,7 +196,10 @@ def build_model(args: Options, data: Data, devices: list[torch.device], saved: d
     """Build that network on the first device, after checking that it takes images of this size."""
     model = create_model(args, data.classes, saved)
     with options.refusing_network(args):
-        models.check_input(model, smallest_part(args.train_batch, devices), args.image_size, args.evaluate)
+        if not args.evaluate:
+            models.check_input(model, smallest_part(args.train_batch, devices), args.image_size, evaluates=False)
+        if args.evaluate or data.val_size != args.image_size:
+            models.check_input(model, 1, data.val_size, evaluates=True)
     if args.sync_bn and torchrun.PROCESSES > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     print(f"{args.arch}: {models.describe(model, models.meta_image(args.image_size))}")
@@ -202,6 +216,11 @@ class Run:
         if args.compile:
             model.compile()
         self.network = parallelize(Uint8Model(model, args.amp, args.channels_last), devices)
+        self.mix = None
+        if args.mixup or args.cutmix:
+            self.mix = Mix(args.mixup, args.cutmix, len(data.classes), args.seed, devices[0])
+        loss_of = binary_cross_entropy if args.bce else F.cross_entropy
+        self.loss_of = functools.partial(loss_of, label_smoothing=args.label_smoothing)
         self.optimizer = build_optimizer(args, model)
         self.scaler = torch.amp.GradScaler(devices[0].type, enabled=args.amp == "fp16")
         self.log = Logger(options.describe_network(args))
@@ -269,8 +288,8 @@ class Run:
             print(f"Changed: {changes}; the learning rate goes on at {rate:.4g}")
         if saved["images"] not in ("", self.data.digests["train"]):
             print(f"The training images are not those of {saved['file']}")
-        size = saved["options"].get("image_size", self.args.image_size)
-        is_other = saved["val_images"] not in ("", self.data.digests["val"]) or size != self.args.image_size
+        size = saved["options"].get("val_image_size") or saved["options"].get("image_size", self.data.val_size)
+        is_other = saved["val_images"] not in ("", self.data.digests["val"]) or size != self.data.val_size
         if is_other and self.best_acc >= 0:
             best = f"{self.best_acc:.2f} %"
             print(f"Its best top-1, {best}, is of other validation images or sizes: it is reset")
@@ -326,7 +345,8 @@ def train_epoch(run: Run, folder: RunFolder, stop: Stop, label: str) -> None:
         seed_dropout(args.seed, run.epoch, run.step)
         train_step(run, micro_batches, stop)
         is_early = run.epoch == 0 and run.step == min(100, data.steps)
-        if is_early and (advice := describe_bad_start(run.scores, len(data.classes))):
+        guessing = math.log(2 if args.bce else len(data.classes))
+        if is_early and (advice := describe_bad_start(run.scores, guessing)):
             progress.tell(advice)
         if args.save_freq and run.step % args.save_freq == 0:
             folder.save(run.checkpoint(), run.log)
@@ -341,9 +361,11 @@ def train_step(run: Run, micro_batches: Iterator[Batch], stop: Stop) -> None:
     # The weights are excited here, once for all micro-batches. A signal that ends the wait for one raises Stopped.
     with undone_if_stopped(run.model, args.iter_size), excited_once(network):
         for index, batch in enumerate(micro_batches, 1):
+            if run.mix:
+                batch = run.mix(batch, run.epoch, run.step, index)
             # DDP reduces gradients once: in the last backward pass or, for excited weights, when excited_once() ends.
             with reduce_if(index == args.iter_size, network):
-                loss, batch_sum, _ = classify(network, batch, run.devices[0], args.label_smoothing)
+                loss, batch_sum, _ = classify(network, batch, run.devices[0], run.loss_of)
                 scaler.scale(loss / args.iter_size).backward()
             sums = sums + batch_sum
     scaler.unscale_(run.optimizer)

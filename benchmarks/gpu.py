@@ -85,7 +85,8 @@ def run_of(model: nn.Module, options: str = "", devices: list[torch.device] | No
     args.start_epoch = 0
     devices = devices or [DEVICE]
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    return imagenet.Run(args, model.to(devices[0], memory_format=layout).train(), SimpleNamespace(classes=[]), devices)
+    data = SimpleNamespace(classes=list("abcde"))
+    return imagenet.Run(args, model.to(devices[0], memory_format=layout).train(), data, devices)
 
 
 def train(run: imagenet.Run, batches: list[Batch], steps: int = 3) -> nn.Module:

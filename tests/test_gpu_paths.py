@@ -57,7 +57,7 @@ def as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(layers, "gpu_forms", lambda: (stacked,))
 
 
-@pytest.mark.parametrize("options", ["", "--channels-last"])
+@pytest.mark.parametrize("options", ["", "--channels-last", "--mixup 0.5 --cutmix 1"])
 @pytest.mark.parametrize("iter_size", [1, 3])
 @pytest.mark.parametrize("count, images", [(2, 5), (4, 6), (3, 1), (4, 7)])
 def test_dataparallel_trains_as_one_device(gpus, monkeypatch, formulation, options, iter_size, count, images):
@@ -67,7 +67,7 @@ def test_dataparallel_trains_as_one_device(gpus, monkeypatch, formulation, optio
         assert isinstance(run.network, nn.DataParallel) is (len(devices) > 1)
         trained.append(train(run, batches(images, 8, iter_size), 2))
         as_on_a_gpu(monkeypatch)  # on several devices
-    assert gpus.scattered == 2 * iter_size * [torch.uint8]
+    assert gpus.scattered == 2 * iter_size * [torch.float32 if "mixup" in options else torch.uint8]
     for one, other in zip(*(model.parameters() for model in trained), strict=True):
         torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-14)
 
@@ -123,7 +123,7 @@ def test_a_part_of_one_image_is_refused_before_training(gpus):
 def test_batchnorm_over_the_images_of_all_processes(monkeypatch, processes, words, kind):
     monkeypatch.setattr(torchrun, "PROCESSES", processes)
     args = imagenet.build_parser().parse_args([*SMALL, "--train-batch", "8", *words])
-    model = imagenet.build_model(args, SimpleNamespace(classes=list("abcde")), CPU[:1], None)
+    model = imagenet.build_model(args, SimpleNamespace(classes=list("abcde"), val_size=32), CPU[:1], None)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert norms and {type(norm) for norm in norms} == {kind}
 
@@ -290,7 +290,16 @@ def test_weights_that_were_saved_from_a_gpu(tmp_path, monkeypatch, is_zip):
     assert load(tmp_path / "x")["state_dict"]["a"].device.type == "cpu"
 
 
-@pytest.mark.parametrize("options, size", [("", 1), ("--amp bf16 --iter-size 3", 3), ("--amp fp16 --iter-size 3", 3)])
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        ("", 1),
+        ("--amp bf16 --iter-size 3", 3),
+        ("--amp fp16 --iter-size 3", 3),
+        ("--mixup 1", 1),
+        ("--cutmix 1 --bce", 1),
+    ],
+)
 def test_a_step_on_another_device_waits_for_no_number(monkeypatch, formulation, options, size):
     """The meta device stands for a GPU: no number can be read from it, but for what a step measured."""
     meta, read, autocast = torch.device("meta"), [], torch.autocast

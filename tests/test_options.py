@@ -16,7 +16,7 @@ from torchvision.models import ResNet50_Weights
 
 import imagenet
 import models
-from tests.helpers import checkpoint
+from tests.helpers import assert_refused, checkpoint
 from utils.machine.devices import default_workers
 from utils.reports.logger import read_log
 
@@ -25,6 +25,7 @@ DEFAULTS = {
     "data": None,
     "workers": None,
     "image_size": 224,
+    "val_image_size": None,
     "skip_bad_images": False,
     "demo": False,
     "arch": "l_resnet50",
@@ -55,6 +56,11 @@ DEFAULTS = {
     "decay": "all",
     "ema": 0.0,
     "label_smoothing": 0.0,
+    "bce": False,
+    "auto_augment": "off",
+    "random_erase": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
     "seed": 0,
     "checkpoint": None,
     "overwrite": False,
@@ -165,6 +171,7 @@ def train(command, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(models, "create", recording)
         ended = command(*WORDS, "-d", data, "-c", tmp_path / name, *words.split())
         assert ended.status == 0, ended.err
+        seen.out = ended.out
         seen.saved = checkpoint(tmp_path / name)
         return seen
 
@@ -176,8 +183,14 @@ def classes_of(images: torch.Tensor) -> torch.Tensor:
     return (images[:, 0].mean((1, 2)) > 0).long()
 
 
+def light_part(images: torch.Tensor) -> torch.Tensor:
+    """Of mixed images, how much of each is of the light class, by the mean of red: 40 in the dark one, 190 in it."""
+    mean, std = ResNet50_Weights.IMAGENET1K_V1.transforms().mean[0], ResNet50_Weights.IMAGENET1K_V1.transforms().std[0]
+    return (255 * (images[:, 0].mean((1, 2)) * std + mean) - 40) / 150
+
+
 def expected(
-    seen, *, rates, iter_size=1, momentum=0.9, beta2=None, decay=1e-4, spares=False, smoothing=0.0
+    seen, *, rates, iter_size=1, momentum=0.9, beta2=None, decay=1e-4, spares=False, smoothing=0.0, is_binary=False
 ) -> dict[str, torch.Tensor]:
     """The weights after steps of SGD with momentum and an L2 penalty, in torch alone; with beta2, of AdamW."""
     model = seen.first
@@ -188,9 +201,13 @@ def expected(
     for step, rate in enumerate(rates):
         model.zero_grad()
         for images in seen.training[step * iter_size : (step + 1) * iter_size]:
-            wanted = torch.full((len(images), 2), smoothing / 2)
-            wanted[range(len(images)), classes_of(images)] += 1 - smoothing
-            loss = -(wanted * model(images).log_softmax(1)).sum(1).mean()
+            parts = torch.stack([1 - light_part(images), light_part(images)], 1)
+            logits = model(images)
+            if is_binary:
+                answers = (1 - smoothing) * (parts > 0.2) + smoothing / 2
+                loss = -(answers * logits.sigmoid().log() + (1 - answers) * (-logits).sigmoid().log()).mean()
+            else:
+                loss = -(((1 - smoothing) * parts + smoothing / 2) * logits.log_softmax(1)).sum(1).mean()
             (loss / iter_size).backward()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -222,6 +239,10 @@ STEPS = {
     "--lr 0.02 --weight-decay 0.3": {"rates": [0.02] * 3, "decay": 0.3},
     "--lr 0.02 --weight-decay 0.3 --decay weights": {"rates": [0.02] * 3, "decay": 0.3, "spares": True},
     "--lr 0.02 --label-smoothing 0.3": {"rates": [0.02] * 3, "smoothing": 0.3},
+    "--lr 0.02 --bce --label-smoothing 0.3": {"rates": [0.02] * 3, "smoothing": 0.3, "is_binary": True},
+    "--lr 0.02 --mixup 0.8": {"rates": [0.02] * 3},
+    "--lr 0.02 --cutmix 1 --label-smoothing 0.3": {"rates": [0.02] * 3, "smoothing": 0.3},
+    "--lr 0.02 --mixup 0.8 --cutmix 1 --bce": {"rates": [0.02] * 3, "is_binary": True},
     "--lr 0.02 --train-batch 2 --iter-size 3": {"rates": [0.02] * 2, "iter_size": 3},
     "--lr 0.02 --epochs 2 --warmup 1": {"rates": [0.02 / 3, 0.04 / 3, 0.02, 0.02, 0.02, 0.02]},
     "--lr 0.02 --epochs 2 --schedule 1 --gamma 0.5": {"rates": [0.02] * 3 + [0.01] * 3},
@@ -293,6 +314,69 @@ def test_images_have_the_size_and_batches_that_were_asked_for(train):
     seen = train("--image-size 40 --train-batch 6 --test-batch 5")
     assert [tuple(images.shape) for images in seen.training] == 2 * [(6, 3, 40, 40)]
     assert [len(images) for images in seen.validation] == [5, 3]
+
+
+def test_validation_has_a_size_of_its_own(train, command, tmp_path):
+    """--val-image-size; --image-size, given to an evaluation, asks for another."""
+    seen = train("--val-image-size 56")
+    assert {tuple(images.shape[2:]) for images in seen.training} == {(32, 32)}
+    assert {tuple(images.shape[2:]) for images in seen.validation} == {(56, 56)}
+    other = train("--image-size 56", "other")
+    assert torch.equal(torch.cat(other.validation), torch.cat(seen.validation))
+    ended = command("--resume", tmp_path / "run", "--epochs", 2, "--val-image-size", 48)
+    assert ended.status == 0 and "is of other validation images or sizes: it is reset" in ended.out
+    ended = command("--resume", tmp_path / "run", "--epochs", 3, "--image-size", 40)
+    assert ended.status == 0 and "it is reset" not in ended.out
+    for words, size in (((), 48), (("--image-size", 40), 40), (("--image-size", 40, "--val-image-size", 44), 44)):
+        other.validation.clear()
+        assert command("-e", "--resume", tmp_path / "run", *words).status == 0
+        assert {tuple(images.shape[2:]) for images in other.validation} == {(size, size)}
+
+
+def test_a_part_is_erased(train):
+    """--random-erase 0.9, to the mean colour, which the pictures have nowhere."""
+    images = torch.cat(train("--random-erase 0.9 --epochs 4").training)
+    shares = (images.abs() < 0.01).all(1).float().mean((1, 2))
+    assert 0.75 < (shares > 0).float().mean() < 1
+    assert shares[shares > 0].min() > 0.01 and shares.max() < 0.35
+    assert not (torch.cat(train(name="other").training).abs() < 0.01).all(1).any()
+
+
+def test_a_size_that_the_network_cant_take(command, folder, tmp_path):
+    """Is refused before the first epoch: the classifier of AlexNet needs more pixels than 40."""
+    words = ["-a", "alexnet", "-d", folder, "-c", tmp_path / "run", "-j", 0, "--train-batch", 4]
+    ended = command(*words, "--image-size", 64, "--val-image-size", 40)
+    assert_refused(ended, "--arch alexnet --image-size 64 --val-image-size 40: ")
+
+
+def test_mixup_blends_and_cutmix_cuts(train):
+    """Each micro-batch by other numbers, and those of another seed by others: in no two has an image the same part."""
+    told = "Images are mixed: the training accuracy is that of the class with the larger part\n"
+    words, smaller = "--iter-size 2 --train-batch 2 --epochs 2", []
+    for seed in (0, 1):
+        seen = train(f"--mixup 0.8 {words} --seed {seed}", f"run{seed}")
+        assert told in seen.out
+        reds = torch.cat(seen.training)[:, 0].flatten(1)
+        assert (reds.amax(1) - reds.amin(1)).max() < 1e-4
+        parts = torch.stack([light_part(images) for images in seen.training])
+        is_mixed = (parts.sum(1) - 1).abs() < 1e-3  # of a light and a dark picture
+        smaller += parts[is_mixed].amin(1).tolist()
+    assert len(smaller) > 8 and len({round(part, 5) for part in smaller}) == len(smaller)
+    seen = train(f"--cutmix 1 {words}")
+    assert told in seen.out
+    parts = light_part(torch.cat(seen.training)[:, :, ::31, ::31].flatten(2)[..., None])
+    assert {round(part, 2) for part in parts.tolist()} <= {0, 0.25, 0.5, 0.75, 1}
+    assert 0 < (light_part(torch.cat(seen.training)) % 1 > 1e-3).float().mean() < 1
+    assert "mixed" not in train(name="plain").out
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+def test_training_images_are_augmented(train, policy):
+    """--auto-augment: most have another red than the two of the pictures, or more than one; validation's don't."""
+    usual, seen = train(), train(f"--auto-augment {policy}", policy)
+    other = [(one - two).abs().amax((1, 2, 3)) > 0.01 for one, two in zip(usual.training, seen.training, strict=True)]
+    assert torch.cat(other).sum() >= 7  # of twelve
+    assert torch.equal(torch.cat(usual.validation), torch.cat(seen.validation))
 
 
 def test_the_seed_makes_weights_crops_and_order(train):

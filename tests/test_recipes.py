@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.loss import BinaryCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -15,7 +16,7 @@ import imagenet
 import models
 from tests.helpers import BATCH_NORM, EXCITED, checkpoint
 from utils.images.samples import Batch
-from utils.network.forward import classify
+from utils.network.forward import binary_cross_entropy, classify
 from utils.reports.logger import read_log
 from utils.runs.checkpoint import LAST
 
@@ -83,7 +84,7 @@ def test_schedules_that_are_refused(command, images):
 
 def test_a_run_from_before_these_options_goes_on(command, run):
     saved = checkpoint(run)
-    for name in ("stem", "decay", "warmup", "cosine", "label_smoothing", "optimizer", "beta2", "ema"):
+    for name in ("stem", "decay", "warmup", "cosine", "label_smoothing", "optimizer", "beta2", "ema", "mixup", "bce"):
         del saved["options"][name]
     del saved["seconds"], saved["ema"]
     saved["log"] = [row[:10] for row in saved["log"]]  # as it was before the epochs' costs
@@ -96,14 +97,31 @@ def test_a_run_from_before_these_options_goes_on(command, run):
     assert seconds[:2] == [0, 0] and seconds[2] > 0
 
 
-def test_label_smoothing():
+def test_mixed_targets():
+    """The loss is of both classes by their parts; a hit is of the larger part."""
     network = nn.Sequential(nn.Flatten(1), nn.Linear(12, 5)).double()
-    batch = Batch(torch.randn(4, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 4, 2, 2]), 0, [])
-    loss, _, logits = classify(network, batch, torch.device("cpu"), 0.1)
-    log_probabilities = logits.log_softmax(1)
-    spread = -0.9 * log_probabilities[range(4), batch.targets] - 0.1 * log_probabilities.mean(1)
-    torch.testing.assert_close(loss, spread.mean())
-    torch.testing.assert_close(classify(network, batch, torch.device("cpu"))[0], F.cross_entropy(logits, batch.targets))
+    targets = torch.tensor([[0.7, 0.3, 0, 0, 0], [0, 0, 0, 1, 0], [0, 0.4, 0, 0, 0.6]])
+    batch = Batch(torch.randn(3, 3, 2, 2, dtype=torch.float64), targets, 0, [])
+    network[1].bias.data[4] = 1e6
+    loss, sums, logits = classify(network, batch, torch.device("cpu"))
+    torch.testing.assert_close(loss, -(targets * logits.log_softmax(1)).sum(1).mean())
+    assert (sums[1], sums[3]) == (1, 3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_timms(smoothing):
+    """Of classes, smoothed as there; of parts, by the threshold of its recipes, 0.2."""
+    logits, targets = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 4, 2, 2, 1, 3])
+    wanted = BinaryCrossEntropy(smoothing)(logits, targets)
+    torch.testing.assert_close(binary_cross_entropy(logits, targets, smoothing), wanted)
+    share = torch.tensor([0.9, 0.1, 0.3, 0.75, 0.19, 0.81], dtype=torch.float64)[:, None]
+    one_hot = F.one_hot(targets, 5)
+    parts = share * one_hot + (1 - share) * one_hot.roll(1, 0)
+    answers = (1 - smoothing) * (parts > 0.2).double() + smoothing / 5
+    torch.testing.assert_close(binary_cross_entropy(logits, parts, smoothing), BinaryCrossEntropy()(logits, answers))
+    if smoothing == 0:
+        wanted = BinaryCrossEntropy(0, target_threshold=0.2)(logits, parts)
+        torch.testing.assert_close(binary_cross_entropy(logits, parts), wanted)
 
 
 def test_what_is_decayed():
@@ -124,7 +142,7 @@ def test_the_cosine_has_no_drops():
     assert imagenet.build_parser().parse_args(["--schedule", "30,", "60"]).schedule == [30, 60]
 
 
-@pytest.mark.parametrize("lr, is_bad", [("30", True), ("0.001", False)])
-def test_a_bad_start_is_told_once(command, images, tmp_path, lr, is_bad):
-    out = command("-d", images, "-c", tmp_path / "run", *BATCH_NORM, "--epochs", 2, "--lr", lr).out
+@pytest.mark.parametrize("words, is_bad", [("--lr 30", True), ("--lr 0.001", False), ("--lr 0.001 --bce", False)])
+def test_a_bad_start_is_told_once(command, images, tmp_path, words, is_bad):
+    out = command("-d", images, "-c", tmp_path / "run", *BATCH_NORM, "--epochs", 2, *words.split()).out
     assert out.count("far above that of guessing") == is_bad

@@ -114,6 +114,16 @@ def test_sums_and_the_largest_are_over_both():
     assert in_two(body) == 2 * [([2.0, 30.0], 7, [0, 0.5, 1, 1.5])]
 
 
+def test_the_row_before_ones_own_is_the_last_of_the_process_before():
+    def body(rank):
+        images = torch.arange(48).reshape(2, 2, 3, 4)[rank].permute(2, 0, 1)[:, None]  # not contiguous
+        return distributed.after_previous(images).tolist()
+
+    whole = torch.arange(48).reshape(2, 2, 3, 4).permute(0, 3, 1, 2)[:, :, None].flatten(0, 1)
+    assert in_two(body) == [whole[[7, 0, 1, 2, 3]].tolist(), whole[[3, 4, 5, 6, 7]].tolist()]
+    assert distributed.after_previous(whole) is whole
+
+
 def test_both_must_begin_alike():
     def body(rank):
         distributed.check_same({"lr": 0.1})
@@ -182,10 +192,10 @@ def network(drop: float = 0.0) -> nn.Sequential:
     return nn.Sequential(*body, nn.Dropout(drop), nn.Linear(8, 5)).double()
 
 
-@pytest.mark.parametrize("iter_size", [1, 3])
-def test_two_halves_of_each_batch_are_the_batch(iter_size):
-    """Weights, sums of the scores and the largest gradient, to the rounding of float64."""
-    words = f"--iter-size {iter_size}"
+@pytest.mark.parametrize("iter_size, words", [(1, ""), (3, ""), (3, "--mixup 0.5"), (3, "--mixup 1 --cutmix 1 --bce")])
+def test_two_halves_of_each_batch_are_the_batch(iter_size, words):
+    """Weights, sums of the scores and the largest gradient, to the rounding of float64; mixed across the halves."""
+    words = f"--iter-size {iter_size} {words}"
 
     def train(model, given):
         run = run_of(model, words, [CPU])

@@ -65,6 +65,7 @@ TESTS = {
     "utils/files.py": "utils/runs/test_run_folder.py test_places.py test_resuming.py",
     "utils/images/data.py": "utils/images/test_data.py test_two_processes.py test_options.py test_gpu_paths.py "
     "test_imagenet.py",
+    "utils/images/augmentation.py": "utils/images/test_augmentation.py test_two_processes.py",
     "utils/images/downloads.py": "utils/images/test_downloads.py",
     "utils/images/demo.py": "utils/images/test_demo.py test_imagenet.py test_places.py",
     "utils/images/folders.py": "utils/images/test_data.py test_options.py test_imagenet.py",

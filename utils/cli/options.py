@@ -66,6 +66,8 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
     size = init["options"].get("image_size") if init else None
     if size not in (None, args.image_size):
         print(f"{init['file']} was trained at --image-size {size}, and this run takes {args.image_size}")
+    if args.evaluate and "image_size" in given and "val_image_size" not in given:
+        args.val_image_size = None  # a run's own would hide the size that was asked for
     args.checkpoint = folder_of(vars(args))
     if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
@@ -268,6 +270,8 @@ def refusing_network(args: Options) -> Iterator[None]:
         yield
     except ValueError as error:
         names = f"--arch {args.arch} --image-size {args.image_size}"
+        if args.val_image_size:
+            names += f" --val-image-size {args.val_image_size}"
         if args.pretrained:
             names += " --pretrained"
         if args.stem == "small":

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import BadInput, RunFailed
+from utils.images.augmentation import Augment
 from utils.images.demo import draw_demo
 from utils.images.downloads import is_download
 from utils.images.folders import ImageFolder, alike, check_same_classes
@@ -85,6 +86,7 @@ class Data:
         print(f"Images: {counts}, {classes}; listed in {time.monotonic() - start:.1f} s")
         self._describe_oddities(saved)
         self.digests = {name: images.digest() for name, images in self.images.items()}
+        self.val_size = args.val_image_size or args.image_size
         self.step_images = args.train_batch * args.iter_size
         if not args.evaluate:
             self._check_steps(saved)
@@ -128,6 +130,8 @@ class Data:
         print(f"Each optimizer step: {step}; {counted(self.steps, 'step')} an epoch")
         if rest:
             print(f"Images left out of each epoch, as they don't fill a step: {rest}")
+        if args.mixup or args.cutmix:
+            print("Images are mixed: the training accuracy is that of the class with the larger part")
         rate = 0.1 * self.step_images / 256
         if args.lr > 2 * rate and not args.warmup and args.optimizer == "sgd":
             suggested = f"suggested: 0.1 x {self.step_images} / 256 = {rate:.2g}, or --warmup"
@@ -161,11 +165,12 @@ class Data:
 
     def _samples(self) -> dict[str, Samples]:
         args = self.args
-        seeds = {TRAIN: args.seed, VAL: None}
-        return {
-            name: Samples(images, args.image_size, seeds[name], args.skip_bad_images)
-            for name, images in self.images.items()
+        augment = Augment(args.auto_augment, args.random_erase)
+        settings = {
+            TRAIN: (args.image_size, args.seed, args.skip_bad_images, augment),
+            VAL: (self.val_size, None, args.skip_bad_images),
         }
+        return {name: Samples(images, *settings[name]) for name, images in self.images.items()}
 
     def _keys(self, epoch: int, step: int) -> Iterator[list[Key]]:
         """The samples of each batch from the step of the epoch on to the end of the run."""

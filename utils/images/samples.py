@@ -96,12 +96,22 @@ class Sample(NamedTuple):
 class Samples(Dataset):
     """Images as a network takes them; an item's key is (epoch, index).
 
-    With a seed, for training: the image is cropped and flipped at random, and with ``skip_bad`` the next of the epoch's
-    shuffle replaces one that can't be decoded. Without, the image is resized and cropped at its centre.
+    With a seed, for training: the image is cropped and flipped at random, and augmented, and with ``skip_bad`` the next
+    of the epoch's shuffle replaces one that can't be decoded. Without, the image is resized and cropped at its centre.
+
+    Args:
+        augment: of pixels, uint8 (3, size, size), and the sample's random numbers; to such pixels.
     """
 
-    def __init__(self, images: Images, size: int, seed: int | None = None, skip_bad: bool = False):
-        self.images, self.size, self.seed, self.skip_bad = images, size, seed, skip_bad
+    def __init__(
+        self,
+        images: Images,
+        size: int,
+        seed: int | None = None,
+        skip_bad: bool = False,
+        augment: Callable[[Tensor, random.Random], Tensor] | None = None,
+    ):
+        self.images, self.size, self.seed, self.skip_bad, self.augment = images, size, seed, skip_bad, augment
 
     def __len__(self) -> int:
         return len(self.images)
@@ -127,7 +137,9 @@ class Samples(Dataset):
                 pixels = resized_center_crop(image, self.size)
             else:
                 # A text is hashed before it seeds, so neighbouring indices draw unrelated numbers.
-                pixels = random_resized_crop(image, self.size, random.Random(f"{self.seed} {epoch} {index}"))
+                rng = random.Random(f"{self.seed} {epoch} {index}")
+                pixels = random_resized_crop(image, self.size, rng)
+                pixels = self.augment(pixels, rng) if self.augment else pixels
             return Sample(pixels, target, reasons, index=candidate)
         return Sample(None, -1, reasons)
 
@@ -149,7 +161,8 @@ def shuffle(images: int, seed: int, epoch: int) -> np.ndarray:
 class Batch(NamedTuple):
     """Images, uint8 (N, 3, size, size), their classes, (N,), how many others could not be decoded, and why.
 
-    On its way from a worker, it has its classes in a list.
+    On its way from a worker, it has its classes in a list. Mixed images are float32, in 0..255, and have targets
+    (N, classes): of each class the part.
     """
 
     images: Tensor | None  # None: the batch could not be handed over

@@ -111,8 +111,9 @@ class Workers:
             return
         status = os.statvfs("/dev/shm")
         free, workers = status.f_bavail * status.f_frsize, self.count * torchrun.LOCAL_PROCESSES
-        images = max(0 if args.evaluate else args.train_batch, args.test_batch) / torchrun.PROCESSES
-        needed = workers * PREFETCHED * images * 3 * args.image_size**2
+        train = 0 if args.evaluate else args.train_batch * args.image_size**2
+        val = args.test_batch * (args.val_image_size or args.image_size) ** 2
+        needed = workers * PREFETCHED * max(train, val) / torchrun.PROCESSES * 3
         if needed > free:
             print(
                 f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for {workers} workers may take "

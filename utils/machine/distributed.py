@@ -84,6 +84,16 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def after_previous(rows: Tensor) -> Tensor:
+    """The rows, of several processes after the last row of the process before; before the first one is the last."""
+    if not dist.is_initialized():
+        return rows
+    last = rows[-1:].contiguous()
+    lasts = [torch.empty_like(last) for _ in range(torchrun.PROCESSES)]
+    dist.all_gather(lasts, last)
+    return torch.cat([lasts[torchrun.RANK - 1], rows])
+
+
 def gather(rows: list) -> list:
     """The rows of all processes, on every one of them."""
     if not dist.is_initialized():

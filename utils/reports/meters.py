@@ -1,7 +1,6 @@
 """What a run measures: loss, accuracies, and the progress and speed of an epoch."""
 
 import contextlib
-import math
 import shutil
 import signal
 import sys
@@ -137,10 +136,9 @@ class Scores:
         return f"loss {self.loss:.4f} top-1 {self.top1:.2f}{top5}{skipped}"
 
 
-def describe_bad_start(scores: Scores, classes: int) -> str:
+def describe_bad_start(scores: Scores, guessing: float) -> str:
     """What to try where the training loss of a run's first steps is over twice that of guessing; else nothing."""
-    guessing = math.log(classes)
-    if classes == 1 or scores.loss <= 2 * guessing:
+    if scores.loss <= 2 * guessing:
         return ""
     return (
         f"The training loss so far, {scores.loss:.1f}, is far above that of guessing, {guessing:.1f}: try a lower --lr "

@@ -39,12 +39,15 @@ def test_a_batch_of_samples():
     assert collate([Sample(None, -1, ["bad"])]).images.shape[:2] == (0, 3)
 
 
-@pytest.mark.parametrize("evaluate, batch", [(False, 40), (True, 10)])
-def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluate, batch):
+@pytest.mark.parametrize(
+    "evaluate, val_size, pixels",
+    [(False, None, 40 * 100**2), (True, None, 10 * 100**2), (False, 300, 10 * 300**2), (True, 30, 10 * 30**2)],
+)
+def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluate, val_size, pixels):
     """It holds two batches of each worker, of 8 bits a colour."""
     monkeypatch.setattr(os.path, "isdir", lambda path: True)
-    args = Namespace(train_batch=40, test_batch=10, image_size=100, evaluate=evaluate)
-    needed = 3 * 2 * batch * 3 * 100 * 100
+    args = Namespace(train_batch=40, test_batch=10, image_size=100, val_image_size=val_size, evaluate=evaluate)
+    needed = 3 * 2 * 3 * pixels
     for free, is_told in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(os, "statvfs", lambda path, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
         Workers(3, is_gpu=False).warn_of_shared_memory(args)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import os
 import signal
 import sys
@@ -63,9 +64,9 @@ def test_a_bad_start(monkeypatch, capsys, is_terminal):
         (10, 4.6, False),
         (10, 4.7, True),
         (1000, 13.7, False),
-        (1, 3, False),
+        (1, 0.0, False),
     ):
-        advice = describe_bad_start(Scores([8 * loss, 0, 0, 8, 0, 0], classes), classes)
+        advice = describe_bad_start(Scores([8 * loss, 0, 0, 8, 0, 0], classes), math.log(classes))
         assert bool(advice) == is_bad
         assert not is_bad or "loss so far, 4.7, is far above that of guessing, 2.3" in advice
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
