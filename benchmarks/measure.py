@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ def create(name: str, arch: str) -> nn.Module:
     return models.create(arch.removeprefix("l_") if name == BATCH_NORM else arch, **VARIANTS[name])
 
 
-def rounds(runs: dict[str, Callable[[], None]], seconds: float) -> list[dict[str, float]]:
+def rounds(runs: dict[Hashable, Callable[[], None]], seconds: float) -> list[dict[Hashable, float]]:
     """Time the runs in turn, round by round, for so long; within a round the machine's speed drifts less."""
     for run in runs.values():
         timed(run)  # warm up
@@ -44,12 +44,12 @@ def timed(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def median(times: list[dict[str, float]], name: str) -> float:
+def median(times: list[dict[Hashable, float]], name: Hashable) -> float:
     """The median seconds of a run."""
     return statistics.median(row[name] for row in times)
 
 
-def ratio(times: list[dict[str, float]], name: str, other: str) -> float:
+def ratio(times: list[dict[Hashable, float]], name: Hashable, other: Hashable) -> float:
     """The median, over the rounds, of a run's time over another's."""
     return statistics.median(row[name] / row[other] for row in times)
 

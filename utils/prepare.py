@@ -30,6 +30,7 @@ from utils.words import counted
 
 UNFINISHED = ".{}.unfinished"  # a split that isn't whole yet; runs pass over hidden folders
 SETTINGS = ".settings"  # in that folder, what it is made with
+QUALITY = 90  # of the JPEGs that --shorter writes
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--shorter", **COUNT | {"metavar": "PIXELS"}, help="reduce the shorter side of larger images to this"
     )
-    parser.add_argument("--quality", **COUNT, default=90, help="of the JPEGs that --shorter writes [%(default)s]")
+    parser.add_argument("--quality", **COUNT, default=QUALITY, help="of the JPEGs that --shorter writes [%(default)s]")
     parser.add_argument("-j", "--workers", **COUNT, default=os.cpu_count() or 1, help="processes [the cores]")
     args = parser.parse_args(argv)
     if args.quality > 100:

@@ -63,8 +63,8 @@ def test_without_augmentation_nothing_is_drawn():
 
 
 def test_a_gpus_random_numbers_are_left_alone(monkeypatch):
-    """Dropout draws from them."""
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU is seeded"))
+    """Dropout draws from them, and torch.manual_seed() seeds them as well."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("all devices are seeded"))
     Augment("trivial", 0.5)(torch.zeros(3, 8, 8, dtype=torch.uint8), random.Random(0))
     mixed(Mix(1.0, 1.0, 6, 5, CPU))
 
