@@ -32,7 +32,7 @@ DEFAULTS = {
     "cardinality": 32,
     "base_width": 4,
     "stem": "large",
-    "zero_init_residual": False,
+    "zero_init_residual": None,
     "excitation": None,
     "formulation": "channel",
     "standardize": True,
@@ -435,10 +435,16 @@ def test_the_network_is_the_one_that_was_asked_for(train):
     torch.testing.assert_close(output, nn.functional.conv2d(images, (weight - mean) / (std + 1e-5), None, 2, 3))
 
 
-def test_residual_blocks_begin_as_their_shortcuts(train):
-    """--zero-init-residual: the last norm of a block has the scale 0, and the others 1."""
-    for words, scale in (("--zero-init-residual", 0), ("", 1)):
-        norms = train(f"{words} --lr 0", f"run{words}").first.layer1[0]
+def test_residual_blocks_begin_as_their_shortcuts(train, monkeypatch):
+    """--zero-init-residual: the last norm of a block has the scale 0, and the others 1; by default of deep networks."""
+    for words, deep, scale in (
+        ("--zero-init-residual", (), 0),
+        ("", (), 1),
+        ("", ("l_tiny",), 0),
+        ("--no-zero-init-residual", ("l_tiny",), 1),
+    ):
+        monkeypatch.setattr(models, "DEEP", deep)
+        norms = train(f"{words} --lr 0 --overwrite").first.layer1[0]
         assert torch.equal(norms.bn2.weight, torch.full((64,), float(scale)))
         assert torch.equal(norms.bn1.weight, torch.ones(64))
 

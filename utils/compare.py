@@ -20,7 +20,7 @@ import numpy as np
 
 import imagenet
 from utils.cli.arguments import Kind, Parser, path
-from utils.cli.options import as_words
+from utils.cli.options import as_words, of_older_runs
 from utils.cli.script import run_script
 from utils.errors import BadInput
 from utils.files import refuse_existing, write_output
@@ -84,7 +84,7 @@ def read_runs(folders: list[str]) -> dict[str, LoggedRun]:
 def read_options(folder: Path) -> dict[str, str] | None:
     """A run's options, {name: as typed}, from its command.txt, where later commands win; None without one.
 
-    An option that an older run doesn't name had its default.
+    What an older run doesn't name is as :func:`of_older_runs` has it.
     """
     options = {}
     try:
@@ -97,7 +97,7 @@ def read_options(folder: Path) -> dict[str, str] | None:
     if not options:
         return None
     defaults = imagenet.build_parser().parse_args([])
-    usual = [as_words(name, value) for name, value in defaults.but(Kind.ONCE).items()]
+    usual = [as_words(name, value) for name, value in of_older_runs(defaults).items()]
     for name, typed in by_option(itertools.chain.from_iterable(usual)).items():
         options.setdefault(name, typed)
     no_setting = {name.replace("_", "-") for name in {**defaults.of(Kind.PLACE), **defaults.of(Kind.MACHINE)}}

@@ -52,8 +52,8 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
             refuse(given.get(name), f"--init: it can't be combined with {flag(name)}; leave one out")
     saved = checkpoint.find(given["resume"], "--resume") if "resume" in given else None
     init = checkpoint.find(given["init"], "--init") if "init" in given else None
-    if saved and saved["options"]:  # what an older run doesn't name, it had by default
-        saved["options"] = usual.but(Kind.ONCE) | saved["options"]
+    if saved and saved["options"]:
+        saved["options"] = of_older_runs(usual) | saved["options"]
     run = of_checkpoint(parser, saved) if saved else {}
     if saved and outputs.keys() & given.keys():
         take_average(saved)
@@ -71,6 +71,8 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
     args.checkpoint = folder_of(vars(args))
     if args.excitation is None and args.arch in models.EXCITED:
         args.excitation = "we"
+    if args.zero_init_residual is None:
+        args.zero_init_residual = saved is None and args.arch in models.DEEP
     if saved:
         check_resuming(args, saved, given)
         if "epoch" in saved["missing"]:
@@ -85,6 +87,11 @@ def resolve(parser: Parser, argv: list[str]) -> tuple[Options, dict | None, dict
     check_training(args)
     check_network(args)
     return args, saved, init
+
+
+def of_older_runs(usual: Options) -> dict:
+    """What a run had of the options that it doesn't name, as they came later."""
+    return usual.but(Kind.ONCE) | {"zero_init_residual": False}
 
 
 def folder_of(options: dict) -> str:
@@ -140,8 +147,10 @@ def of_checkpoint(parser: Parser, saved: dict, source: str = "--resume") -> dict
 
 def accepts(action: argparse.Action, value: object) -> bool:
     """Whether an option can have the value."""
-    if value is None or isinstance(action.default, bool):
-        return type(value) is type(action.default)
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return isinstance(value, bool)
+    if value is None:
+        return action.default is None
     if action.choices is not None:
         return isinstance(value, str) and value in action.choices
     if action.type is None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import imagenet
+import models
 from utils.cli import options
 from utils.cli.arguments import ELSEWHERE, Kind, Options
 from utils.errors import BadInput
 from utils.machine import torchrun
-from utils.runs.checkpoint import BEST
+from utils.runs.checkpoint import BEST, LAST
 
 
 def resolve(*words):
@@ -25,8 +26,8 @@ def test_what_other_scripts_call_our_options():
 
 
 NO_OPTIONS = [("lr", "0.1"), ("lr", 1), ("lr", float("nan")), ("epochs", 0), ("epochs", 1.0), ("epochs", True),
-    ("epochs", None), ("standardize", 1), ("formulation", []), ("gpu_id", 0), ("schedule", 3),
-    ("schedule", [-1]), ("schedule", [0.5]), ("data", "")]  # fmt: skip
+    ("epochs", None), ("standardize", 1), ("standardize", None), ("zero_init_residual", 0), ("formulation", []),
+    ("gpu_id", 0), ("schedule", 3), ("schedule", [-1]), ("schedule", [0.5]), ("data", "")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value", NO_OPTIONS)
@@ -56,6 +57,7 @@ def test_the_demo_sets_what_is_not_given():
     """As the README says: ten small classes, three epochs on a CPU; --lr 0.006 as a batch of 32 is 1/8 of 256."""
     demo = {"data": "data/demo", "checkpoint": "checkpoints/demo", "arch": "l_resnet18", "image_size": 32, "epochs": 3}
     demo |= {"schedule": [2], "train_batch": 32, "lr": 0.006, "demo": True, "excitation": "we"}
+    demo |= {"zero_init_residual": False}
     usual = vars(resolve("-d", "x"))
     assert vars(resolve("--demo")) == usual | demo
     assert vars(resolve("--demo", "--epochs", "9")) == usual | demo | {"epochs": 9}
@@ -89,6 +91,22 @@ def test_weights_of_another_trainer_are_trained_from_the_epoch_that_is_named(tmp
         assert ("--start-epoch=7" in noted) is (epoch == 7)
         _, saved, _ = options.resolve(imagenet.build_parser(), words + more)
         assert saved["epoch"] == epoch
+
+
+def test_deep_networks_begin_as_their_shortcuts_and_older_runs_go_on_as_they_began(run, tmp_path, monkeypatch):
+    """From 50 layers on, of l_*; torchvision's begin as torchvision has them."""
+    deep = ("l_resnet50", "l_resnet101", "l_resnet152", "l_resnext50", "l_resnext101", "l_resnext152")
+    for arch in (*deep, "l_resnet18", "l_resnet34", "resnet50", "vgg11"):
+        assert resolve("-d", "x", "-a", arch).zero_init_residual is (arch in deep)
+        assert resolve("-d", "x", "-a", arch, "--no-zero-init-residual").zero_init_residual is False
+    monkeypatch.setattr(models, "DEEP", ("l_tiny",))
+    assert resolve("--resume", str(run)).zero_init_residual is False
+    saved = torch.load(run / LAST, weights_only=True)
+    del saved["options"]["zero_init_residual"]
+    torch.save(saved, run / LAST)
+    assert resolve("--resume", str(run), "--epochs", "3").zero_init_residual is False
+    torch.save({"fc.weight": torch.ones(2, 3)}, tmp_path / "theirs.pth")
+    assert resolve("--resume", str(tmp_path / "theirs.pth"), "-a", "l_tiny", "-d", "x").zero_init_residual is False
 
 
 @pytest.mark.parametrize("size", ["32", "40"])
