@@ -71,7 +71,7 @@ def build_parser() -> Parser:
     add("--cardinality", **COUNT, default=32, help="groups of l_resnext* [%(default)s]")
     add("--base-width", **COUNT, default=4, help="channels per group of l_resnext*, in its first stage [%(default)s]")
     add("--stem", choices=models.STEMS, default="large", help="small: for images of 28 to 64 pixels [%(default)s]")
-    add("--zero-init-residual", **SWITCH, help="residual blocks begin as their shortcuts [of l_* from 50 layers on]")
+    add("--zero-init-residual", **SWITCH, help="residual blocks begin as their shortcuts [of l_* from 34 layers on]")
     add("--excitation", choices=EXCITATIONS, help=we)
     add("--formulation", choices=FORMULATIONS, default="channel", help=halves)
     add("--standardize", **SWITCH, default=True, help="weight standardization before excitation [yes]")

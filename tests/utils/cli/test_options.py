@@ -94,9 +94,9 @@ def test_weights_of_another_trainer_are_trained_from_the_epoch_that_is_named(tmp
 
 
 def test_deep_networks_begin_as_their_shortcuts_and_older_runs_go_on_as_they_began(run, tmp_path, monkeypatch):
-    """From 50 layers on, of l_*; torchvision's begin as torchvision has them."""
-    deep = ("l_resnet50", "l_resnet101", "l_resnet152", "l_resnext50", "l_resnext101", "l_resnext152")
-    for arch in (*deep, "l_resnet18", "l_resnet34", "resnet50", "vgg11"):
+    """From 34 layers on, of l_*; torchvision's begin as torchvision has them."""
+    deep = [f"l_resnet{depth}" for depth in (34, 50, 101, 152)] + [f"l_resnext{depth}" for depth in (50, 101, 152)]
+    for arch in (*deep, "l_resnet18", "resnet50", "vgg11"):
         assert resolve("-d", "x", "-a", arch).zero_init_residual is (arch in deep)
         assert resolve("-d", "x", "-a", arch, "--no-zero-init-residual").zero_init_residual is False
     monkeypatch.setattr(models, "DEEP", ("l_tiny",))
