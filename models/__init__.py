@@ -21,7 +21,7 @@ EXCITED = {
 }
 TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
 ARCHITECTURES = (*EXCITED, *TORCHVISION)
-# They don't learn small sets of images unless residual blocks begin as their shortcuts; l_resnet18 learns faster without.
+# They learn small sets of images only if residual blocks begin as their shortcuts; l_resnet18 learns faster without.
 DEEP = tuple(name for name in EXCITED if name != "l_resnet18")
 DECAYS = ("all", "weights")
 STEMS = ("large", "small")
