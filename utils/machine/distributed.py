@@ -85,7 +85,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def after_previous(rows: Tensor) -> Tensor:
-    """The rows, of several processes after the last row of the process before; before the first one is the last."""
+    """The rows, after the last row of the previous process; of the first process, of the last. Alone, as they are."""
     if not dist.is_initialized():
         return rows
     last = rows[-1:].contiguous()

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import multiprocessing
 import shutil
 import sys
 import tarfile
@@ -114,6 +115,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_archives_become_what_torchvision_makes_of_them(archives, command, tmp_path, monkeypatch):
     status, out, err = command(archives, tmp_path / "made")
     assert (status, err) == (0, "")
+    assert out.startswith(f"{archives / TRAIN_TAR}: 3 classes\n{archives / VAL_TAR}: 7 images\n")
     assert "train: 12 images of 3 classes\n" in out and "val: 7 images of 3 classes\n" in out
     monkeypatch.setattr("torchvision.datasets.imagenet._verify_archive", lambda *_: None)  # of the real ones
     theirs = tmp_path / "theirs"
@@ -127,6 +129,23 @@ def test_archives_become_what_torchvision_makes_of_them(archives, command, tmp_p
         reference = torchvision.datasets.ImageFolder(theirs / split)
         assert ours.classes == reference.classes
         assert [ours.target(index) for index in range(len(ours))] == [target for _, target in reference.samples]
+
+
+def test_processes_and_progress(archives, command, tmp_path, monkeypatch):
+    """Two processes, as asked, or one for a single job; without a terminal, lines that name the split."""
+    counts, pool = [], multiprocessing.Pool
+
+    def counting(count, *words):
+        counts.append(count)
+        return pool(count, *words)
+
+    monkeypatch.setattr(multiprocessing, "Pool", counting)
+    monkeypatch.setattr(prepare, "LINE_SECONDS", 0)
+    lines = command(archives, tmp_path / "made")[1].splitlines()
+    assert counts == [2, 1]
+    for name, jobs in (("train", 3), ("val", 1)):
+        own = [line for line in lines if line.startswith(f"{name} ")]
+        assert len(own) == jobs and own[-1].startswith(f"{name} 100%") and own[-1].endswith("ETA 0:00")
 
 
 def test_kaggles_folder_becomes_the_same_and_takes_no_room(archives, kaggle, command, tmp_path):
@@ -225,6 +244,15 @@ def linked() -> bytes:
     return tar_of({"n01440764.tar": stream.getvalue()})
 
 
+def kit_with_a_folder() -> bytes:
+    """Of the name that a file should have."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        add(archive, "data/meta.mat", b"", type=tarfile.DIRTYPE)
+        add(archive, "data/ILSVRC2012_validation_ground_truth.txt", b"1")
+    return stream.getvalue()
+
+
 def without_end(archive: bytes) -> bytes:
     """Without the blocks of zeros that follow the last member."""
     return archive[: -(-len(archive.rstrip(b"\0")) // 512) * 512]
@@ -243,6 +271,10 @@ HOSTILE = {  # the archive, and what is said
     "ends in an image": (WHOLE[:20000], "is damaged"),
     "ends between two": (tar_of({"n01440764.tar": without_end(tar_of(images_of("n01440764")))}), "it ends early"),
     "an inner one that is none": (tar_of({"n01440764.tar": b"x" * 2000}), "is damaged"),
+    "other classes": (
+        tar_of({f"{kind}.tar": tar_of(images_of(CLASSES[0])) for kind in (*CLASSES[:2], "n09999999")}),
+        f"train and val have other classes, such as {CLASSES[2]}:",
+    ),
     "classes are lacking": (
         tar_of({"n01440764.tar": tar_of(images_of("n01440764"))}),
         "train and val have other classes, such as n01443537:",
@@ -254,12 +286,13 @@ HOSTILE = {  # the archive, and what is said
 def test_archives_that_cant_be_used(archives, command, tmp_path, kind):
     contents, text = HOSTILE[kind]
     (archives / TRAIN_TAR).write_bytes(contents)
-    if kind != "classes are lacking":
+    is_of_classes = "classes" in kind
+    if not is_of_classes:
         (archives / VAL_TAR).unlink()
     before = set(tmp_path.rglob("*"))
     status, _, err = command(archives, tmp_path / "made")
     assert (status, err.count("\n")) == (2, 1)
-    assert text in err and (str(archives) if kind == "classes are lacking" else TRAIN_TAR) in err
+    assert text in err and (str(archives) if is_of_classes else TRAIN_TAR) in err
     assert not (tmp_path / "made/train").exists()
     assert {path for path in tmp_path.rglob("*") if (tmp_path / "made") not in (path, *path.parents)} == before
 
@@ -284,6 +317,7 @@ def test_labels_that_cant_be_used(archives, kaggle, command, tmp_path, monkeypat
             tar_of({"data/meta.mat": b"x", "data/ILSVRC2012_validation_ground_truth.txt": b"1"}, "w:gz"),
             "labels",
         ),
+        (archives / KIT, kit_with_a_folder(), "lacks data/meta.mat"),
         (archives / KIT, b"x" * 100, "is damaged"),
         (archives / KIT, kit()[:400], "is damaged"),
         (archives / KIT, kit()[:200] + bytes(100) + kit()[300:], "is damaged"),
