@@ -91,7 +91,7 @@ class Data:
         if not args.evaluate:
             self._check_steps(saved)
         self.val_batches = math.ceil(len(self.images[VAL]) / args.test_batch)
-        self.workers.warn_of_shared_memory(args)
+        self.workers.warn_of_shared_memory(args, self.val_size)
 
     def _describe_oddities(self, saved: dict | None) -> None:
         """Report what is allowed, but is probably a mistake."""

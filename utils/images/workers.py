@@ -105,14 +105,18 @@ class Workers:
                 "of processes and open files"
             ) from error
 
-    def warn_of_shared_memory(self, args: argparse.Namespace) -> None:
-        """Warn if the batches that they prefetch, on the whole machine, may not fit into shared memory."""
+    def warn_of_shared_memory(self, args: argparse.Namespace, val_size: int) -> None:
+        """Warn if the batches that they prefetch, on the whole machine, may not fit into shared memory.
+
+        Args:
+            val_size: pixels of a validation image's side.
+        """
         if not os.path.isdir("/dev/shm"):
             return
         status = os.statvfs("/dev/shm")
         free, workers = status.f_bavail * status.f_frsize, self.count * torchrun.LOCAL_PROCESSES
         train = 0 if args.evaluate else args.train_batch * args.image_size**2
-        val = args.test_batch * (args.val_image_size or args.image_size) ** 2
+        val = args.test_batch * val_size**2
         needed = workers * PREFETCHED * max(train, val) / torchrun.PROCESSES * 3
         if needed > free:
             print(

@@ -41,16 +41,16 @@ def test_a_batch_of_samples():
 
 @pytest.mark.parametrize(
     "evaluate, val_size, pixels",
-    [(False, None, 40 * 100**2), (True, None, 10 * 100**2), (False, 300, 10 * 300**2), (True, 30, 10 * 30**2)],
+    [(False, 100, 40 * 100**2), (True, 100, 10 * 100**2), (False, 300, 10 * 300**2), (True, 30, 10 * 30**2)],
 )
 def test_shared_memory_that_may_not_suffice_is_told(monkeypatch, capsys, evaluate, val_size, pixels):
     """It holds two batches of each worker, of 8 bits a colour."""
     monkeypatch.setattr(os.path, "isdir", lambda path: True)
-    args = Namespace(train_batch=40, test_batch=10, image_size=100, val_image_size=val_size, evaluate=evaluate)
+    args = Namespace(train_batch=40, test_batch=10, image_size=100, evaluate=evaluate)
     needed = 3 * 2 * 3 * pixels
     for free, is_told in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(os, "statvfs", lambda path, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
-        Workers(3, is_gpu=False).warn_of_shared_memory(args)
+        Workers(3, is_gpu=False).warn_of_shared_memory(args, val_size)
         expected = (
             f"/dev/shm has {free / 2**20:.0f} MiB free, and batches for 3 workers may take {needed / 2**20:.0f}: "
         )
